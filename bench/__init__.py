@@ -1,0 +1,1 @@
+"""Benchmarks and evidence: perplexity by context, and how the small model came to be."""
