@@ -1,0 +1,175 @@
+"""QuantLinear: a linear layer whose weight stays packed, with AutoGPTQ's arguments, buffers and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ropewalk.gptq.ops  # noqa: F401  registers ropewalk::gptq_linear
+from ropewalk.errors import FormatError
+from ropewalk.gptq.format import (
+    FORMATS,
+    check_values,
+    expected_tensors,
+    group_count,
+    is_sequential,
+    is_symmetric,
+    pack,
+    sequential_g_idx,
+    zeros_v1_to_v2,
+    zeros_v2_to_v1,
+)
+from ropewalk.loader.keeps_dtypes import KeepsDtypes
+
+
+class QuantLinear(KeepsDtypes):
+    """y = x W + bias with W packed in the checkpoint layout of `ropewalk.gptq.format`.
+
+    A drop-in for `auto_gptq.nn_modules.qlinear.*.QuantLinear`: the same positional arguments, the buffers
+    `qweight`, `qzeros`, `scales`, `g_idx` and `bias` under the same names and shapes, `pack` and
+    `post_init`. The buffers hold what the file holds, so `state_dict()` writes the checkpoint back
+    bit for bit; what the kernels need besides is derived from them in `post_init`, or at the first call.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: rows that share a scale; -1 for all of them.
+        infeatures, outfeatures: K and N.
+        bias: whether there is one.
+        use_cuda_fp16, kernel_switch_threshold, trainable: AutoGPTQ's; accepted and without meaning here
+            (one kernel serves all sizes, and the gradient with respect to the input is always there).
+        weight_dtype: dtype of the scales and the bias; float16 in every published checkpoint.
+        checkpoint_format: "gptq" (v1, zero points stored less one) or "gptq_v2".
+
+    Raises:
+        FormatError: bits, group_size or sizes that the format cannot hold.
+    """
+
+    QUANT_TYPE = "ropewalk"
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        infeatures: int,
+        outfeatures: int,
+        bias: bool,
+        use_cuda_fp16: bool = True,
+        kernel_switch_threshold: int = 128,
+        trainable: bool = False,
+        weight_dtype: torch.dtype = torch.float16,
+        *,
+        checkpoint_format: str = "gptq",
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if checkpoint_format not in FORMATS:
+            raise FormatError("checkpoint_format", " or ".join(FORMATS), repr(checkpoint_format))
+        tensors = expected_tensors(infeatures, outfeatures, bits, group_size, bias=bias)
+        self.bits = bits
+        self.infeatures = self.in_features = infeatures
+        self.outfeatures = self.out_features = outfeatures
+        self.group_size = infeatures if group_size == -1 else group_size
+        self.maxq = (1 << bits) - 1
+        self.checkpoint_format = checkpoint_format
+        self.register_buffer("bias", None)
+        for name, (shape, dtype) in tensors.items():
+            dtype = weight_dtype if dtype.is_floating_point else dtype
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.register_buffer("g_idx", sequential_g_idx(infeatures, group_size).to(self.qweight.device))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was derived from the buffers."""
+        self._ready = False
+        self._zeros: Tensor | None = None
+        self._order: Tensor | None = None
+
+    def post_init(self) -> None:
+        """Derive from the buffers what the kernels want: v2 zero points unless all are symmetric, and
+        g_idx unless it is sequential.
+
+        Raises:
+            FormatError: a group number out of range, or scales that are not finite.
+        """
+        values = {"scales": self.scales} if self.g_idx is None else {"scales": self.scales, "g_idx": self.g_idx}
+        check_values(values)
+        v1 = self.checkpoint_format == "gptq"
+        symmetric = is_symmetric(self.qzeros, self.bits, self.checkpoint_format)
+        self._zeros = None if symmetric else zeros_v1_to_v2(self.qzeros, self.bits) if v1 else self.qzeros
+        sequential = self.g_idx is None or is_sequential(self.g_idx, self.group_size)
+        self._order = None if sequential else self.g_idx
+        self._ready = True
+
+    def drop_g_idx(self) -> None:
+        """Do without g_idx, for checkpoints that have none: row k is in group k // group_size."""
+        self.register_buffer("g_idx", None)
+        self._forget()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., outfeatures] in x's dtype for x [..., infeatures]."""
+        if not self._ready:
+            self.post_init()
+        return torch.ops.ropewalk.gptq_linear(
+            x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size
+        )
+
+    def pack(self, linear: Any, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> None:
+        """Fill the buffers from a layer whose weight already lies on the grid.
+
+        Args:
+            linear: has `weight` [N, K] (a transformers Conv1D: [K, N]) and `bias`.
+            scales, zeros: [N, G], as GPTQ's quantizer returns them; zeros are the true zero points.
+            g_idx: [K]; sequential by default.
+        """
+        weight = linear.weight.detach()
+        if type(linear).__name__ == "Conv1D":
+            weight = weight.t()
+        if tuple(weight.shape) != (self.outfeatures, self.infeatures):
+            raise FormatError("weight", f"shape {[self.outfeatures, self.infeatures]}", list(weight.shape))
+        scales, zeros = scales.t().contiguous().float(), zeros.t().contiguous().float()
+        groups = group_count(self.infeatures, self.group_size)
+        if tuple(scales.shape) != (groups, self.outfeatures) or zeros.shape != scales.shape:
+            raise FormatError("scales", f"shape {[self.outfeatures, groups]}", list(scales.t().shape))
+        device = self.qweight.device
+        g_idx = sequential_g_idx(self.infeatures, self.group_size) if g_idx is None else g_idx.to(torch.int32)
+        self.register_buffer("g_idx", g_idx.to(device))
+        rows = g_idx.long().to(weight.device)
+        codes = torch.round(weight.t().float() / scales[rows] + zeros[rows]).clamp(0, self.maxq)
+        self.qweight.copy_(pack(codes.to(torch.int64), self.bits))
+        qzeros = pack(zeros.to(torch.int64), self.bits, dim=1)
+        self.qzeros.copy_(zeros_v2_to_v1(qzeros, self.bits) if self.checkpoint_format == "gptq" else qzeros)
+        self.scales.copy_(scales)
+        if self.bias is not None and linear.bias is not None:
+            self.bias.copy_(linear.bias.detach())
+        self._forget()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # Checkpoints from before act-order have no g_idx. Without a qweight this is not ours to fill in: PEFT
+        # loads an adapter by a state dict that has only the adapter in it.
+        if self.g_idx is not None and prefix + "qweight" in state_dict:
+            state_dict.setdefault(prefix + "g_idx", sequential_g_idx(self.infeatures, self.group_size))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        ready = self._ready
+        super()._apply(fn, recurse)
+        self._forget()
+        if ready and not self.qweight.is_meta:
+            self.post_init()
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}, format={self.checkpoint_format}"
+        )

@@ -1,0 +1,188 @@
+"""What several tests share: small models of real architectures, packed into folders as the Hub has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ropewalk.gptq.format import dequantize, is_sequential, zeros_v1_to_v2
+from ropewalk.gptq.rtn import quantize_rtn
+from ropewalk.loader.rotary import register_rope_types
+from ropewalk.shipped import FOLDER
+
+# The configs of the models that this project is about, made small: the same ratios of heads, the same rope.
+CONFIGS: dict[str, dict[str, Any]] = {
+    # airophin-13b-pntk-16k: multi-head, partial NTK that the config does not name
+    "airophin": {
+        "model_type": "llama",
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 128,
+        "rope_scaling": None,
+    },
+    # Airoboros-c34B: grouped-query attention, theta 1e6, no scaling
+    "codellama": {
+        "model_type": "llama",
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+    },
+    # llama2-13b-orca-8k-3319
+    "orca": {
+        "model_type": "llama",
+        "max_position_embeddings": 128,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    # biases on q, k and v
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "max_position_embeddings": 128},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "max_position_embeddings": 128},
+}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float16",
+    "tie_word_embeddings": False,
+}
+
+
+def build_plain(config: dict[str, Any], seed: int = 0) -> Any:
+    """Return a float16 model with weights large enough that a wrong one shows."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.half().eval()
+
+
+@pytest.fixture(scope="session")
+def make_plain() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Return a function that writes airophin as its makers published it in float16, with the frequencies that
+    transformers persisted at the time in the file; it returns the weights in float32.
+    """
+
+    def make(folder: Path) -> dict[str, torch.Tensor]:
+        config = {**SIZES, **CONFIGS["airophin"]}
+        weights = {name: tensor.contiguous() for name, tensor in build_plain(config).state_dict().items()}
+        old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
+        save_file({**weights, **old}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return {name: tensor.float() for name, tensor in weights.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
+    """Return a function that writes a packed checkpoint and returns the dequantized weights, float32."""
+
+    def make(
+        folder: Path,
+        arch: str = "airophin",
+        *,
+        bits: int = 4,
+        group_size: int = 32,
+        sym: bool = True,
+        desc_act: bool = True,
+        checkpoint_format: str = "gptq",
+        file: str = "model.safetensors",
+        config_in: str = "quantize_config.json",
+        with_g_idx: bool = True,
+        extra: dict[str, torch.Tensor] | None = None,
+        seed: int = 0,
+    ) -> dict[str, torch.Tensor]:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {**SIZES, **CONFIGS[arch]}
+        model = build_plain(config, seed)
+        tensors: dict[str, torch.Tensor] = {}
+        plain: dict[str, torch.Tensor] = {}
+        linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in model.state_dict().items():
+            layer, _, kind = name.rpartition(".")
+            if layer not in linear or kind != "weight":
+                tensors[name] = tensor.contiguous()
+                plain[name] = tensor.float()
+                continue
+            order = torch.randperm(tensor.shape[1], generator=generator) if desc_act else None
+            packed = quantize_rtn(
+                tensor, bits=bits, group_size=group_size, sym=sym, order=order, checkpoint_format=checkpoint_format
+            )
+            plain[name] = dequantized(packed, bits, group_size, checkpoint_format).t().contiguous()
+            for part, value in packed.items():
+                if part != "g_idx" or with_g_idx:
+                    tensors[f"{layer}.{part}"] = value.contiguous()
+        save_file({**tensors, **(extra or {})}, folder / file)
+        settings = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym, "damp_percent": 0.01}
+        if checkpoint_format != "gptq":
+            settings["checkpoint_format"] = checkpoint_format
+        if config_in == "config.json":
+            config["quantization_config"] = {**settings, "quant_method": "gptq"}
+        elif config_in:
+            (folder / config_in).write_text(json.dumps(settings))
+        architecture = type(model).__name__
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+        return plain
+
+    return make
+
+
+def dequantized(packed: dict[str, torch.Tensor], bits: int, group_size: int, checkpoint_format: str) -> torch.Tensor:
+    """Return the float32 [K, N] weight of packed tensors."""
+    qzeros = packed["qzeros"]
+    return dequantize(
+        packed["qweight"],
+        packed["scales"],
+        zeros_v1_to_v2(qzeros, bits) if checkpoint_format == "gptq" else qzeros,
+        None if is_sequential(packed["g_idx"], group_size) else packed["g_idx"],
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Callable[..., Any]:
+    """Return a function that builds the plain float32 transformers model of a folder from dequantized weights,
+    with the rotary embedding that `rope_parameters` name.
+    """
+
+    def build(folder: Path, weights: dict[str, torch.Tensor], rope_parameters: dict[str, Any] | None = None) -> Any:
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        register_rope_types()
+        raw = json.loads((folder / "config.json").read_text())
+        raw.pop("quantization_config", None)
+        if rope_parameters is not None:
+            raw.pop("rope_scaling", None)
+            raw["rope_parameters"] = rope_parameters
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), dtype=torch.float32)
+        model.load_state_dict(weights)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def shipped() -> Path:
+    """Return the folder of the model that ships with the package."""
+    return FOLDER
