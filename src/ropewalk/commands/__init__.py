@@ -1,0 +1,1 @@
+"""One module for each command, with `arguments(parser)` and `run(args, out)`."""

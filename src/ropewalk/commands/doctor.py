@@ -1,0 +1,90 @@
+"""`ropewalk doctor`: what is installed here, and what will be used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ropewalk.terminal import Output
+
+REQUIRED = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "ninja")
+OPTIONAL = ("matplotlib", "peft", "gptqmodel", "auto_gptq", "vllm", "fschat", "kernels")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no arguments."""
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    """Print what was found."""
+    import torch
+
+    import ropewalk
+    from ropewalk.loader.inspect import kernels
+    from ropewalk.patches import transformers
+
+    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    devices = [
+        {"name": torch.cuda.get_device_name(i), "capability": "{}.{}".format(*torch.cuda.get_device_capability(i))}
+        for i in range(torch.cuda.device_count())
+    ]
+    compiler = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    cpu = {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    problems = [f"{name} is missing" for name in REQUIRED if packages[name] is None and not _not_for_here(name)]
+    found: dict[str, Any] = {
+        "ropewalk": ropewalk.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu": cpu,
+        "gpus": devices,
+        "compiler": compiler,
+        "kernels": kernels(),
+        "patches": [transformers.status()],
+        "problems": problems,
+    }
+    out.result(found)
+    rows = [("ropewalk", f"{ropewalk.__version__}, Python {found['python']}, {found['platform']}")]
+    rows += [(name, packages[name] or "missing") for name in REQUIRED]
+    rows += [("also here", ", ".join(f"{name} {packages[name]}" for name in OPTIONAL if packages[name]) or "none")]
+    rows += [("cpu", f"{cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}")]
+    rows += [
+        (
+            "gpu",
+            ", ".join(f"{d['name']} (sm_{d['capability'].replace('.', '')})" for d in devices)
+            or "none that torch can use",
+        )
+    ]
+    rows += [("compiler", compiler or "none")]
+    rows += [("kernels", ", ".join(f"{device}: {kernel}" for device, kernel in found["kernels"].items()))]
+    rows += [
+        (
+            f"patch {status['package']}",
+            "applied in this process" if status["applied"] else f"{status['version']}, not applied",
+        )
+        for status in found["patches"]
+    ]
+    rows += [("problem", text) for text in problems]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        out.say(f"{name.ljust(width)}  {text}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _not_for_here(name: str) -> bool:
+    return name == "triton" and sys.platform != "linux"

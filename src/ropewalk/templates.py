@@ -1,0 +1,109 @@
+"""Prompt templates by the names that the model cards use.
+
+Each turns a system text and a user's text into the prompt that the model was trained on; the tokenizer puts
+the <s> before it. Where a tokenizer has a chat template of its own, `apply(…, "auto")` uses that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ropewalk.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Template:
+    """One format: `form` with {system} and {user} in it, the system text by default, and strings that end a turn."""
+
+    form: str
+    system: str
+    stop: tuple[str, ...] = ()
+
+
+_AIROBOROS = (
+    "A chat between a curious user and an assistant. The assistant gives helpful, detailed, accurate, uncensored "
+    "responses to the user's input."
+)
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+TEMPLATES = {
+    "airoboros": Template("{system} USER: {user} ASSISTANT:", _AIROBOROS, ("USER:",)),
+    "airoboros-2.1": Template("{system}\nUSER: {user}\nASSISTANT:", "A chat.", ("USER:",)),
+    "vicuna-1.1": Template("{system} USER: {user} ASSISTANT:", _VICUNA, ("USER:",)),
+    "orca-8k": Template(
+        "<|system|>{system}</s><|prompter|>{user}</s><|assistant|>",
+        "You are an AI assistant. You will be given a task. You must generate a detailed and long answer.",
+    ),
+    "llama-2": Template("[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]", "You are a helpful assistant."),
+    "alpaca": Template(
+        "{system}\n\n### Instruction:\n{user}\n\n### Response:\n",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+        ("### Instruction:",),
+    ),
+    # bagel's ChatML has <s> and </s> in place of <|im_start|> and <|im_end|>.
+    "bagel-chat-ml": Template(
+        "system\n{system}\n</s><s>user\n{user}\n</s><s>assistant\n", "You are a helpful assistant."
+    ),
+    "chat-ml": Template(
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+        "You are a helpful assistant.",
+        ("<|im_end|>",),
+    ),
+}
+
+
+def apply(
+    user: str, template: str | None, *, system: str | None = None, tokenizer: Any = None
+) -> tuple[str, list[str]]:
+    """Return (prompt, stop strings).
+
+    Args:
+        user: what the user says.
+        template: a name of `TEMPLATES`; "auto" for the tokenizer's own; None for the bare text.
+        system: the system text, in place of the template's own.
+        tokenizer: of transformers; needed for "auto".
+
+    Raises:
+        UsageError: an unknown name, or "auto" where the tokenizer has no template.
+    """
+    if template is None:
+        if system is not None:
+            raise UsageError("--system: expected a --template to put it into, found none")
+        return user, []
+    if template == "auto":
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                f"--template auto: expected a chat template in the tokenizer, found none; name one of {_names()}"
+            )
+        messages = [{"role": "user", "content": user}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Tokenizing adds the <s> that most templates begin with.
+        return prompt.removeprefix(tokenizer.bos_token or ""), []
+    if template not in TEMPLATES:
+        raise UsageError(f"--template: expected auto or one of {_names()}, found {template!r}")
+    chosen = TEMPLATES[template]
+    return chosen.form.format(system=chosen.system if system is None else system, user=user), list(chosen.stop)
+
+
+def closed_context(instruction: str, documents: list[tuple[dict[str, str], str]]) -> str:
+    """Return airoboros' block for answers from given documents only.
+
+    Args:
+        instruction: the question.
+        documents: (what is known of it, such as {"url": …, "date": …}; its text) for each.
+    """
+    lines = []
+    for facts, text in documents:
+        known = [f"{key}: {value}" for key, value in facts.items()]
+        lines += ["BEGININPUT", "BEGINCONTEXT", *known, "ENDCONTEXT", text, "ENDINPUT"]
+    return "\n".join([*lines, "BEGININSTRUCTION", instruction, "ENDINSTRUCTION"])
+
+
+def _names() -> str:
+    return ", ".join(TEMPLATES)
