@@ -1,0 +1,211 @@
+"""GPTQ through GPTQModel, and two programs that were not written here as judges of what we compute.
+
+Runs in the environment that `make oracle` makes; elsewhere it is skipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ropewalk
+from ropewalk.bench.perplexity import perplexity
+from ropewalk.errors import RopewalkError
+from ropewalk.loader.write import write_json, write_weights
+from ropewalk.shipped import held_out_text
+
+pytest.importorskip("gptqmodel", reason="`make oracle` makes an environment with it", exc_type=ImportError)
+
+AUTOGPTQ = os.environ.get("ROPEWALK_AUTOGPTQ")
+
+
+@pytest.fixture(scope="session")
+def float_model(tmp_path_factory, shipped_folder):
+    """Return a folder with a float model that computes what the shipped 4-bit one does, off its grid.
+
+    The gains of the norms are multiplied into the layers behind them and the residual stream is turned by a
+    random rotation (Ashkboos et al. 2024, arXiv:2401.15024, section 3), which changes no output. What is
+    left has no trace of codes and scales, so packing it anew is an honest test.
+    """
+    folder = tmp_path_factory.mktemp("float")
+    model, tokenizer = ropewalk.load(shipped_folder)
+    torch.manual_seed(0)
+    w = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ropewalk.QuantLinear):
+            w[f"{name}.weight"] = module(torch.eye(module.in_features)).t().double()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        w[name] = model.state_dict()[name].double()
+    turn, _ = torch.linalg.qr(torch.randn(model.config.hidden_size, model.config.hidden_size, dtype=torch.float64))
+    gains = {name: tensor.double() for name, tensor in model.state_dict().items() if "norm" in name}
+    w["model.embed_tokens.weight"] @= turn
+    w["lm_head.weight"] = w["lm_head.weight"] * gains["model.norm.weight"] @ turn
+    for i in range(model.config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        for norm, names in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            for name in names:
+                key = f"{layer}{name}.weight"
+                w[key] = w[key] * gains[f"{layer}{norm}.weight"] @ turn
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            w[f"{layer}{name}.weight"] = turn.t() @ w[f"{layer}{name}.weight"]
+    w |= {name: torch.ones_like(tensor) for name, tensor in gains.items()}
+    write_weights(((name, tensor.to(torch.float16)) for name, tensor in w.items()), folder)
+    config = json.loads((shipped_folder / "config.json").read_text())
+    config.pop("quantization_config")
+    write_json(folder / "config.json", config)
+    tokenizer.save_pretrained(folder)
+    turned, _ = ropewalk.load(folder)
+    ids = torch.tensor(tokenizer(held_out_text())["input_ids"][:200])[None]
+    with torch.inference_mode():
+        assert (turned(ids).logits - model(ids).logits).abs().max() < 0.05  # float16 weights
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shipped_folder():
+    from ropewalk.shipped import FOLDER
+
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def quantized(float_model, tmp_path_factory):
+    """Return a function that quantizes the float model, once for each setting."""
+    made = {}
+
+    def make(**settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantized") / "out"
+            arguments = {"samples": 48, "length": 256, "group_size": 32, **settings}
+            if settings.get("method") != "rtn":
+                arguments["text"] = held_out_text()[:60_000]
+            ropewalk.quantize(float_model, made[key], **arguments)
+        return made[key]
+
+    return make
+
+
+def score(folder):
+    """Return the perplexity at 256 tokens of the part of the held-out text that was not calibrated on."""
+    model, tokenizer = ropewalk.load(folder)
+    ids = torch.tensor(tokenizer(held_out_text()[60_000:], verbose=False)["input_ids"])
+    return perplexity(model, ids[:8192], 256)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_beats_rounding_to_nearest(float_model, quantized, bits, capsys):
+    exact = score(float_model)
+    rounded, gptq = score(quantized(bits=bits, method="rtn")), score(quantized(bits=bits))
+    with capsys.disabled():
+        print(
+            f"\nperplexity at {bits} bits, group 32: float {exact:.3f}, GPTQ {gptq:.3f}, round to nearest {rounded:.3f}"
+        )
+    assert exact < gptq < rounded
+
+
+def test_what_is_written(float_model, quantized):
+    folder = quantized(bits=4)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "quantize_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    texts = [(folder / name).read_text() for name in names if name.endswith(".json")]
+    assert not any(str(folder.parent) in text or "/tmp" in text for text in texts)
+    settings = json.loads((folder / "quantize_config.json").read_text())
+    assert {k: settings[k] for k in ("bits", "group_size", "desc_act", "static_groups", "sym", "quant_method")} == {
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": True,
+        "static_groups": False,
+        "sym": True,
+        "quant_method": "gptq",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["original_max_position_embeddings"] == 256
+    assert config["rope_scaling"] is None  # as it was: what it means is drawn from it again
+    assert config["quantization_config"]["checkpoint_format"] == "gptq"
+    before, after = load_file(float_model / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(before[name], after[name])
+    found = ropewalk.inspect(folder)
+    assert found["rope"]["type"] == "partial-ntk"
+    assert found["desc_act"] and found["sym"] and found["layers"]["packed"] == 28
+    # q, k and v were quantized on the same inputs, in the same order
+    q, k = (after[f"model.layers.0.self_attn.{name}_proj.g_idx"] for name in "qk")
+    assert torch.equal(q, k)
+    assert not torch.equal(q, torch.arange(256, dtype=torch.int32) // 32)
+
+
+def test_progress_and_asymmetric_codes(float_model, tmp_path):
+    done = []
+    ropewalk.quantize(
+        float_model,
+        tmp_path / "out",
+        sym=False,
+        desc_act=False,
+        group_size=64,
+        text=held_out_text()[:20_000],
+        samples=8,
+        length=64,
+        progress=lambda block, blocks: done.append((block, blocks)),
+    )
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    found = ropewalk.inspect(tmp_path / "out")
+    assert (found["format"], found["sym"], found["desc_act"]) == ("gptq_v2", False, False)
+    assert not list(tmp_path.glob(".out-*"))
+    assert score(tmp_path / "out") < 1.1 * score(float_model)
+
+
+def test_a_failure_keeps_the_log_and_leaves_no_folder(float_model, tmp_path):
+    with pytest.raises(RopewalkError, match=r"GPTQModel failed \(.+\); its log: (.+)") as error:
+        ropewalk.quantize(
+            float_model, tmp_path / "out", text=held_out_text()[:5000], samples=2, length=16, device="cuda:7"
+        )
+    assert Path(str(error.value).rpartition("its log: ")[2]).is_file()
+    assert not list(tmp_path.iterdir())
+
+
+CASES = {
+    "shipped": None,
+    "3 bits, group 32": {"bits": 3},
+    "4 bits, no groups": {"bits": 4, "group_size": -1},
+    "3 bits, no groups, no act-order": {"bits": 3, "group_size": -1, "desc_act": False},
+    "4 bits, group 64, static groups": {"bits": 4, "group_size": 64, "static_groups": True},
+}
+
+
+@pytest.mark.parametrize("program", ["gptqmodel", "autogptq"])
+@pytest.mark.parametrize("case", CASES)
+def test_other_programs_compute_the_same(program, case, quantized, shipped_folder, tmp_path, capsys):
+    if program == "autogptq" and AUTOGPTQ is None:
+        pytest.skip("ROPEWALK_AUTOGPTQ names no interpreter; `make oracle` does")
+    folder = shipped_folder if CASES[case] is None else quantized(**CASES[case])
+    model, tokenizer = ropewalk.load(folder, rope="none")
+    ids = torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"][:512])[None]
+    with torch.inference_mode():
+        ours = model(ids).logits
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    python = AUTOGPTQ if program == "autogptq" else sys.executable
+    script = Path(__file__).with_name("oracle_logits.py")
+    arguments = [program, str(folder), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
+    done = subprocess.run([python, script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = load_file(tmp_path / "logits.safetensors")["logits"]
+    difference = (ours - theirs).abs().max().item()
+    with capsys.disabled():
+        print(f"\n{case}: {done.stdout.strip().splitlines()[-1]}; largest difference of 512 logits {difference:.1e}")
+    assert difference < 1e-3
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
