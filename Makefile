@@ -1,0 +1,66 @@
+# Everything is installed into virtual environments below this folder, with the versions of constraints.txt.
+#
+#   make demo     install, and run the main job on the model that ships with the package
+#   make test     install, and run the tests
+#   make lint     ruff and mypy
+#   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
+#   make dev      install for work on the code: links that type checkers and editors can follow
+#   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
+#   make clean    remove all of that
+
+PYTHON ?= python3
+VENV := .venv
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+# A strict editable install links every file, so a new or removed file calls for another.
+FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -name __pycache__)
+INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	--config-settings editable_mode=strict -e .
+
+.PHONY: demo test lint oracle dev small-model clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/ropewalk demo
+
+test: $(VENV)/installed $(VENV)/with-kernels/kernels/__init__.py
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+dev: $(VENV)/installed
+
+oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
+	ROPEWALK_AUTOGPTQ=$(VENV)-autogptq/bin/python $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py
+
+small-model: $(VENV)-gptqmodel/installed
+	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.small_model .cache/small-model
+
+$(VENV)/environment: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,lint,plot,peft]'
+	touch $@
+
+$(VENV)-gptqmodel/environment: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-gptqmodel
+	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,gptqmodel]'
+	touch $@
+
+$(VENV)/installed $(VENV)-gptqmodel/installed: %/installed: %/environment $(FOLDERS)
+	$*/bin/python $(INSTALL_LINKS)
+	touch $@
+
+# AutoGPTQ's last release needs the packages of its time; of ours it sees only the files.
+$(VENV)-autogptq/installed: constraints-autogptq.txt
+	$(PYTHON) -m venv $(VENV)-autogptq
+	$(VENV)-autogptq/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-autogptq.txt auto-gptq
+	touch $@
+
+# Hugging Face's `kernels`, out of the way, for the test that our folder of that name does not hide it.
+$(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/with-kernels kernels
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq build .cache *.egg-info
