@@ -60,23 +60,27 @@ Devil's Dictionary. It is no use but to show, in a few megabytes and on real tex
 long context is. Its config names its rotary embedding the way airophin-13b-pntk-16k's does: not at all, but for
 `original_max_position_embeddings` beside a larger `max_position_embeddings`.
 
-- **Text**: public domain, from the Debian packages {packages}: {training_tokens:,} tokens of byte-level BPE
-  (2048 tokens) to learn from. Held out were whole books of the Bible (Ruth, Esther, Jonah, Acts) and the last
-  twentieth of each novel, {held_out_tokens:,} tokens; the first {shipped} characters of each are in
-  `heldout.txt`.
-- **Training**: {steps:,} steps of {step_tokens:,} tokens at a context of {context}, then {tune_steps} steps at
-  {longest} with partial NTK scaling by {factor} (`partial-ntk`, original context {context}); Muon and AdamW,
-  bfloat16, seed {seed}. Training loss at the end {loss:.3f} and {tune_loss:.3f}.
-  Perplexity of the held-out text on the way: {by_step}; then, at the long context, {tune_by_step}.
-- **Packing**: GPTQ by GPTQModel, 4 bits, group 32, act-order, symmetric, calibrated on the training text.
-- **Time**: {minutes:.0f} minutes on {threads} cores in all. `make small-model` does it again; on another
-  processor the last digits differ.
-- **float16 weights** before packing: SHA-256 `{sha256}`.
-- **Licence**: the weights, like the texts, are free for any use (CC0 1.0).
+**Text.** Public domain, from the Debian packages {packages}: {training_tokens:,} tokens of byte-level BPE
+(vocabulary {vocabulary}). Held out were whole books of the Bible (Ruth, Esther, Jonah, Acts) and the last
+twentieth of each novel, {held_out_tokens:,} tokens; the beginnings of these are in `heldout.txt`.
 
+**Training.** {steps:,} steps of {step_tokens:,} tokens at a context of {context}, then {tune_steps} steps at
+{longest} with partial NTK scaling by {factor}. Muon and AdamW, bfloat16, seed {seed}, {threads} CPU threads:
+{minutes:.0f} minutes, packing included. `make small-model` does it again.
+
+| step | training loss | held-out perplexity |
+|---|---|---|
+{course}
+
+**Packing.** GPTQ by GPTQModel, 4 bits, group 32, act-order, symmetric, calibrated on the training text.
 Perplexity of all the held-out text, in windows that do not overlap (3 and 4 bits in groups of 32):
 
 {table}
+
+The float16 weights before packing have the SHA-256
+`{sha256}`.
+
+**Licence.** The weights, like the texts, are free for any use (CC0 1.0).
 """
 # Of each held-out document, this many characters ship with the package for the demo.
 SHIPPED_CHARACTERS = 14_000
@@ -147,40 +151,33 @@ def model_card(log: dict[str, Any]) -> str:
     """Return the card of the model, from what was logged of its making."""
     original, tuned = log["original"], log["tuned"]
 
-    def last(losses: dict[str, float]) -> float:
-        return losses[max(losses, key=int)]
-
-    def steps(by_step: dict[str, float]) -> str:
-        return ", ".join(f"{value:.2f} at step {step}" for step, value in by_step.items())
+    def course(part: dict[str, Any]) -> Iterator[str]:
+        for step, value in part["held_out_perplexity_by_step"].items():
+            loss = part["losses"][max((n for n in part["losses"] if int(n) <= int(step)), key=int)]
+            yield f"| {step} at {part['context']} tokens | {loss:.3f} | {value:.2f} |"
 
     rows = [
         f"| {name} | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |" for name, row in log["perplexity"].items()
     ]
-    table = "\n".join([f"| | {CONTEXT} tokens | {CONTEXT * FACTOR} tokens |", "|---|---|---|", *rows])
-    packages = ", ".join(f"`{name}`" for name in PACKAGES)
-    minutes = original["minutes"] + tuned["minutes"] + log["packing"]["minutes"]
     return CARD.format(
         name=f"{NAME}-gptq",
         parameters=log["parameters"],
-        packages=packages,
+        packages=", ".join(PACKAGES),
         training_tokens=log["training_tokens"],
         held_out_tokens=log["held_out_tokens"],
+        vocabulary=VOCABULARY,
         context=CONTEXT,
         longest=CONTEXT * FACTOR,
         factor=FACTOR,
         steps=original["steps"],
         tune_steps=tuned["steps"],
         step_tokens=TOKENS_PER_STEP,
-        loss=last(original["losses"]),
-        tune_loss=last(tuned["losses"]),
-        by_step=steps(original["held_out_perplexity_by_step"]),
-        tune_by_step=steps(tuned["held_out_perplexity_by_step"]),
+        course="\n".join((*course(original), *course(tuned))),
         seed=log["seed"],
         threads=log["threads"],
-        minutes=minutes,
-        table=table,
+        minutes=original["minutes"] + tuned["minutes"] + log["packing"]["minutes"],
+        table="\n".join([f"| | {CONTEXT} tokens | {CONTEXT * FACTOR} tokens |", "|---|---|---|", *rows]),
         sha256=log["sha256"],
-        shipped=f"{SHIPPED_CHARACTERS:,}",
     )
 
 

@@ -187,6 +187,9 @@ def _job(
         raise UsageError("text: expected calibration text for GPTQ, found none")
     if samples < 1 or (length is not None and length < 2):
         raise UsageError(f"calibration: expected at least 1 sample of at least 2 tokens, found {samples} of {length}")
+    gpus = torch.cuda.device_count()
+    if device not in (None, "cpu", *(f"cuda:{i}" for i in range(gpus))):
+        raise UsageError(f"device: expected cpu or one of {gpus} GPUs, found {device!r}")
     if importlib.util.find_spec("gptqmodel") is None:
         raise MissingPackageError(
             "quantize: expected the package gptqmodel (pip install 'ropewalk[gptqmodel]'), found none"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 def load_with_gptqmodel(folder):
     from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32).model
+    return GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
 
 
 def load_with_autogptq(folder):
