@@ -214,9 +214,8 @@ def test_other_programs_compute_the_same(program, case, quantized, shipped_folde
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = load_file(tmp_path / "logits.safetensors")["logits"]
     difference = (ours - theirs).abs().max().item()
+    who = done.stdout.strip().splitlines()[-1]
     with capsys.disabled():
-        print(
-            f"\n{case}: {done.stdout.strip().splitlines()[-1]}; largest difference of the logits at 512 positions {difference:.1e}"
-        )
+        print(f"\n{case}: {who}; largest difference of the logits at 512 positions {difference:.1e}")
     assert difference < 1e-4
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
