@@ -32,7 +32,7 @@ lint: $(VENV)/installed
 dev: $(VENV)/installed
 
 oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
-	ROPEWALK_AUTOGPTQ=$(VENV)-autogptq/bin/python $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py
+	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py
 
 small-model: $(VENV)-gptqmodel/installed
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.small_model .cache/small-model
