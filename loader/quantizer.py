@@ -2,7 +2,7 @@
 
 `RopewalkQuantizer` puts a QuantLinear in place of every linear layer that the checkpoint holds packed,
 while the model is still on the meta device; transformers then loads the buffers as it loads anything.
-It is registered under a name of its own, which `load` asks for, so nothing of transformers is replaced;
+It is registered under a name of its own, which `load` asks for, so transformers keeps its own quantizers;
 `ropewalk.patch()` also puts it where transformers looks for "gptq".
 """
 
@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from ropewalk.errors import FormatError, MissingTensorsError
 from ropewalk.gptq.format import infer_features
+from ropewalk.loader import apply_rotary
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.quantize_config import QuantizeConfig, parse_quantize_config
 from ropewalk.loader.rope import RopeDecision, decide_rope
@@ -161,7 +162,8 @@ def replace_packed_layers(model: Any, tensors: dict[str, TensorEntry], settings:
 
 
 def install_rope(model: Any, decision: RopeDecision | None = None) -> None:
-    """Give a loaded model its rotary embedding, and write it into the config.
+    """Give a loaded model its rotary embedding, and write it into the config; the rotation itself is then our
+    operator on a GPU, wherever the model's family does it half-rotated (see apply_rotary.py).
 
     Args:
         model: of transformers, loaded.
@@ -170,10 +172,16 @@ def install_rope(model: Any, decision: RopeDecision | None = None) -> None:
     config = model.config
     if getattr(config, "rope_parameters", None) is None:
         return
+    for modeling in {type(module).__module__ for module in model.modules()}:
+        apply_rotary.replace(modeling)
     if decision is None:
         decision = decide_rope(config.to_dict())
     config.rope_parameters = decision.parameters
     for name, module in list(model.named_modules()):
         if type(module).__name__ in ROTARY_CLASSES or isinstance(module, RopewalkRotaryEmbedding):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, RopewalkRotaryEmbedding(config, module.inv_freq.device))
+            ours = RopewalkRotaryEmbedding(config, module.inv_freq.device)
+            ours.modeling = module.modeling if hasattr(module, "modeling") else type(module).__module__
+            if ours.modeling is not None:
+                apply_rotary.expect_float32_tables(ours.modeling)
+            setattr(model.get_submodule(parent), attribute, ours)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import RopeError
+from ropewalk.loader import apply_rotary
 from ropewalk.loader.keeps_dtypes import KeepsDtypes
 from ropewalk.rope.frequencies import ROPE_TYPES, inverse_frequencies, parameter_names, rotary_dim
 from ropewalk.rope.reference import cos_sin
@@ -106,6 +107,7 @@ class RopewalkRotaryEmbedding(KeepsDtypes):
     Attributes:
         inv_freq, original_inv_freq: float32 [dim / 2], not in the state dict.
         attention_scaling: factor of cosine and sine.
+        modeling: name of the modeling module whose attention the tables are for, where that is known.
 
     Raises:
         RopeError: an unknown type, or parameters that are missing or impossible.
@@ -118,6 +120,7 @@ class RopewalkRotaryEmbedding(KeepsDtypes):
     def __init__(self, config: Any, device: torch.device | str | None = None):
         super().__init__()
         self.config = config
+        self.modeling: str | None = None
         parameters = config.rope_parameters
         self.rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
@@ -148,10 +151,15 @@ class RopewalkRotaryEmbedding(KeepsDtypes):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, each [batch, seq, dim] in x's dtype, for position_ids [batch, seq]."""
+        """Return cosine and sine, each [batch, seq, dim], for position_ids [batch, seq].
+
+        They have x's dtype; on a GPU, where our own rotation reads them (see apply_rotary.py), float32.
+        """
         inv_freq = self._inv_freq_for(position_ids).to(x.device)
         cos, sin = cos_sin(inv_freq, position_ids.to(x.device), self.attention_scaling)
-        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+        by_ours = self.modeling is not None and apply_rotary.takes_float32_tables(self.modeling)
+        dtype = torch.float32 if x.is_cuda and by_ours else x.dtype
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
     def _inv_freq_for(self, position_ids: Tensor) -> Tensor:
         if self.rope_type not in _BY_LENGTH:

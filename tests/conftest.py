@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,29 @@ from ropewalk.gptq.format import dequantize, is_sequential, zeros_v1_to_v2
 from ropewalk.gptq.rtn import quantize_rtn
 from ropewalk.loader.rotary import register_rope_types
 from ropewalk.shipped import FOLDER
+
+# Whether Triton's interpreter runs the kernels of this process; that is settled when triton is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave the tests of Triton kernels out where there is neither a GPU nor the interpreter: test_interpreted.py
+    runs them in processes of their own.
+    """
+    if collection_path.match("test_*_triton*.py") and not INTERPRETED and not torch.cuda.is_available():
+        return True
+    return None
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Return where Triton kernels are tested: a GPU, or the CPU through Triton's interpreter."""
+    if INTERPRETED:
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1")
+    return "cuda"
+
 
 # The configs of the models that this project is about, made small: the same ratios of heads, the same rope.
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -86,3 +86,46 @@ def rope_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `rope` with respect to q and k: the same rotation by the opposite angle."""
     return rope(grad_q, grad_k, -inv_freq, position_ids, attention_scaling, interleaved=interleaved)
+
+
+def rotate_by_tables(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Rotate x [batch, heads, seq, head_dim] by tables as the operators take them (see ops.py).
+
+    Args:
+        cos, sin: [1 or batch, seq, dim / 2], or [1 or batch, seq, 2, dim / 2] with entries of their own for
+            the two channels of a pair.
+        inverse: turn by the opposite angle; of tables with entries of their own, the transpose.
+        out: where the result goes; x itself will do. By default a new tensor with x's strides.
+    """
+    (cos_a, cos_b), (sin_a, sin_b) = (
+        t[:, None].unbind(3) if t.ndim == 4 else (t[:, None], t[:, None]) for t in (cos, sin)
+    )
+    if inverse:
+        sin_a, sin_b = -sin_b, -sin_a
+    dim = 2 * cos.shape[-1]
+    out = torch.empty_like(x) if out is None else out
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = (channels.to(wide) for channels in _pairs(x[..., :dim], interleaved))
+    turned = (a * cos_a).sub_(b * sin_a), (b * cos_b).add_(a * sin_b)
+    for channels, value in zip(_pairs(out[..., :dim], interleaved), turned, strict=True):
+        channels.copy_(value)
+    if out is not x:
+        out[..., dim:] = x[..., dim:]
+    return out
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """View the first and the second channels of all pairs, each [..., dim / 2]."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+
+
+def write_cache(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Write x [batch, heads, seq, dim] into cache [1 or batch, heads, length, dim] at slots [1 or batch, seq]."""
+    slots = slots.expand(x.shape[0], -1)
+    batch, seq = ((slots >= 0) & (slots < cache.shape[2])).nonzero(as_tuple=True)
+    row = batch if cache.shape[0] > 1 else torch.zeros_like(batch)
+    cache[row, :, slots[batch, seq]] = x[batch, :, seq].to(cache.dtype)
