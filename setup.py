@@ -62,7 +62,7 @@ setup(
     python_requires=">=3.10",
     package_dir=FOLDERS,
     packages=packages,
-    package_data={"ropewalk": ["py.typed", "models/*/*"]},
+    package_data={"ropewalk": ["py.typed", "models/*/*"], "ropewalk.gptq": ["tuned/*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ropewalk = ropewalk.cli:main"]},

@@ -19,9 +19,11 @@ from ropewalk.gptq.format import (
     is_symmetric,
     pack,
     sequential_g_idx,
+    unpack,
     zeros_v1_to_v2,
     zeros_v2_to_v1,
 )
+from ropewalk.gptq.layout import has_even_groups, row_order, supports, to_checkpoint, to_execution
 from ropewalk.loader.keeps_dtypes import KeepsDtypes
 
 
@@ -32,6 +34,8 @@ class QuantLinear(KeepsDtypes):
     `qweight`, `qzeros`, `scales`, `g_idx` and `bias` under the same names and shapes, `pack` and
     `post_init`. The buffers hold what the file holds, so `state_dict()` writes the checkpoint back
     bit for bit; what the kernels need besides is derived from them in `post_init`, or at the first call.
+    On a GPU that turns `qweight` into the execution layout of `ropewalk.gptq.layout`, in its place; saving,
+    loading and moving the module turn it back.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -89,24 +93,46 @@ class QuantLinear(KeepsDtypes):
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
         self._ready = False
+        self._execution = False
         self._zeros: Tensor | None = None
         self._order: Tensor | None = None
 
     def post_init(self) -> None:
-        """Derive from the buffers what the kernels want: v2 zero points unless all are symmetric, and
-        g_idx unless it is sequential.
+        """Derive from the buffers what the kernels want: zero points unless all are symmetric, the order of
+        rows unless it is sequential, and on a GPU the execution layout.
 
         Raises:
             FormatError: a group number out of range, or scales that are not finite.
         """
-        values = {"scales": self.scales} if self.g_idx is None else {"scales": self.scales, "g_idx": self.g_idx}
-        check_values(values)
-        v1 = self.checkpoint_format == "gptq"
-        symmetric = is_symmetric(self.qzeros, self.bits, self.checkpoint_format)
-        self._zeros = None if symmetric else zeros_v1_to_v2(self.qzeros, self.bits) if v1 else self.qzeros
-        sequential = self.g_idx is None or is_sequential(self.g_idx, self.group_size)
-        self._order = None if sequential else self.g_idx
+        self._leave_execution()
+        check_values({"scales": self.scales} if self.g_idx is None else {"scales": self.scales, "g_idx": self.g_idx})
+        zeros = None
+        if not is_symmetric(self.qzeros, self.bits, self.checkpoint_format):
+            v1 = self.checkpoint_format == "gptq"
+            zeros = zeros_v1_to_v2(self.qzeros, self.bits) if v1 else self.qzeros
+        if self._wants_execution():
+            self._zeros = None if zeros is None else unpack(zeros, self.bits, dim=1)
+            self._order = row_order(self.g_idx, self.group_size)
+            self.qweight = to_execution(self.qweight, self.bits, self._order)
+            self._execution = True
+        else:
+            self._zeros = zeros
+            sequential = self.g_idx is None or is_sequential(self.g_idx, self.group_size)
+            self._order = None if sequential else self.g_idx
         self._ready = True
+
+    def _wants_execution(self) -> bool:
+        fits = supports(self.group_size, self.infeatures) and has_even_groups(self.g_idx, self.group_size)
+        return fits and self._has_kernels()
+
+    def _has_kernels(self) -> bool:
+        return self.qweight.is_cuda
+
+    def _leave_execution(self) -> None:
+        """Turn qweight back into what the file holds."""
+        if self._execution:
+            self.qweight = to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)
+        self._forget()
 
     def drop_g_idx(self) -> None:
         """Do without g_idx, for checkpoints that have none: row k is in group k // group_size."""
@@ -117,6 +143,10 @@ class QuantLinear(KeepsDtypes):
         """Return [..., outfeatures] in x's dtype for x [..., infeatures]."""
         if not self._ready:
             self.post_init()
+        if self._execution:
+            return torch.ops.ropewalk.packed_linear(
+                x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size
+            )
         return torch.ops.ropewalk.gptq_linear(
             x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size
         )
@@ -129,6 +159,7 @@ class QuantLinear(KeepsDtypes):
             scales, zeros: [N, G], as GPTQ's quantizer returns them; zeros are the true zero points.
             g_idx: [K]; sequential by default.
         """
+        self._leave_execution()
         weight = linear.weight.detach()
         if type(linear).__name__ == "Conv1D":
             weight = weight.t()
@@ -154,13 +185,22 @@ class QuantLinear(KeepsDtypes):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
         # Checkpoints from before act-order have no g_idx. Without a qweight this is not ours to fill in: PEFT
         # loads an adapter by a state dict that has only the adapter in it.
-        if self.g_idx is not None and prefix + "qweight" in state_dict:
+        if prefix + "qweight" not in state_dict:
+            return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._leave_execution()
+        if self.g_idx is not None:
             state_dict.setdefault(prefix + "g_idx", sequential_g_idx(self.infeatures, self.group_size))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget()
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._execution:
+            destination[prefix + "qweight"] = to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         ready = self._ready
+        self._leave_execution()
         super()._apply(fn, recurse)
         self._forget()
         if ready and not self.qweight.is_meta:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import ropewalk.gptq.ops  # noqa: F401
-from ropewalk.gptq.format import BITS, dequantize
+from ropewalk.gptq.format import BITS, dequantize, unpack
+from ropewalk.gptq.layout import row_order, to_execution
 from ropewalk.gptq.rtn import quantize_rtn
 
 K, N = 96, 64
@@ -106,3 +107,19 @@ def test_compiles_whole_with_its_gradient():
     step(plain).backward()
     torch.compile(step, fullgraph=True)(compiled).backward()
     torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_packed_linear_computes_what_gptq_linear_does(bits, act_order):
+    args = arguments(bits, sym=False, act_order=act_order)
+    x, qweight, scales, qzeros, g_idx, bias, bits, group_size = args
+    order = row_order(g_idx, group_size)
+    packed = (to_execution(qweight, bits, order), scales, unpack(qzeros, bits, dim=1), order, bias, bits, group_size)
+    y = torch.ops.ropewalk.packed_linear(x, *packed)
+    torch.testing.assert_close(y, torch.ops.ropewalk.gptq_linear(*args), rtol=0, atol=1e-6)
+    torch.library.opcheck(torch.ops.ropewalk.packed_linear.default, (x.requires_grad_(), *packed))
+    grad = torch.randn(2, 3, N)
+    torch.library.opcheck(
+        torch.ops.ropewalk.packed_linear_grad.default, (grad, *packed[:4], bits, group_size, x.shape[-1])
+    )

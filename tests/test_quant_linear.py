@@ -165,3 +165,47 @@ def test_compiles_whole_once_it_is_ready():
     x = torch.randn(2, K)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Have layers take the execution layout where they are, as they do on a GPU."""
+    monkeypatch.setattr(QuantLinear, "_has_kernels", lambda self: True)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_in_the_execution_layout_the_layer_stays_what_it_is(with_kernels, monkeypatch, bits, act_order):
+    module, packed, _ = filled(bits, sym=False, act_order=act_order, bias=True)
+    x = torch.randn(3, K, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    assert module._execution
+    assert set(module.state_dict()) == set(packed)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, packed[name])
+    module.half()  # leaves the layout and takes it again
+    assert module._execution
+    assert torch.equal(module(x), y)
+    again = copy.deepcopy(module)
+    other, others, _ = filled(bits, sym=False, act_order=not act_order, bias=True)
+    again.load_state_dict(others)
+    assert torch.equal(again(x), other(x))
+    monkeypatch.undo()
+    grad, x.grad = x.grad, None
+    plain, *_ = filled(bits, sym=False, act_order=act_order, bias=True)
+    plain(x).sum().backward()
+    assert not plain._execution
+    torch.testing.assert_close(y, plain(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(grad, x.grad, rtol=0, atol=1e-5)
+
+
+def test_layers_that_the_execution_layout_cannot_hold_do_without(with_kernels):
+    module, packed, _ = filled(4, 16)
+    module(torch.randn(1, K))
+    assert not module._execution  # a plane of 32 rows would hold two groups
+    module, packed, _ = filled(4, 32)
+    packed["g_idx"][0] = 1 - packed["g_idx"][0].clamp(max=1)
+    module.load_state_dict(packed)
+    module(torch.randn(1, K))
+    assert not module._execution  # groups of 31 and 33 rows

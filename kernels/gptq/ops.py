@@ -1,8 +1,9 @@
-"""The operators `ropewalk::gptq_linear` and `ropewalk::gptq_linear_grad`.
+"""The operators of packed linear layers.
 
-Both take the checkpoint layout with v2 zero points (see format.py), know their output's shape without
-computing it (fake implementations), and differentiate with respect to x, so that LoRA trains on a
-packed base. Every device runs the plain torch implementation of reference.py.
+`ropewalk::gptq_linear` takes the checkpoint layout with v2 zero points (format.py) and runs in plain torch
+(reference.py) on every device. `ropewalk::packed_linear` takes the execution layout (layout.py): on a GPU it
+runs the Triton kernels, elsewhere plain torch. Both know their output's shape without computing it (fake
+implementations), and differentiate with respect to x, so that LoRA trains on a packed base.
 """
 
 from __future__ import annotations
@@ -78,3 +79,99 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 gptq_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ropewalk::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Return x @ W + bias for a weight W in the execution layout.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32.
+        words: int32 [layout.word_rows(K, bits), N].
+        scales: [G, N], any floating dtype.
+        zeros: uint8 [G, N]; None where all are 2 ** (bits - 1).
+        order: int32 [K], the checkpoint's row of each sorted row; None where none was moved.
+        bias: [N] or None; no gradient is computed for it.
+        bits: 2, 3, 4 or 8.
+        group_size: rows to a group (`layout.supports`), -1 for one group.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    if x.is_cuda:
+        from ropewalk.gptq import triton_linear
+
+        return triton_linear.packed_linear(x, words, scales, zeros, order, bias, bits=bits, group_size=group_size)
+    weight = _dense(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
+    return torch.nn.functional.linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
+
+
+@packed_linear.register_fake
+def _(x, words, scales, zeros, order, bias, bits, group_size):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], words.shape[1]))
+
+
+@torch.library.custom_op("ropewalk::packed_linear_grad", mutates_args=())
+def packed_linear_grad(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Return the gradient of `packed_linear` with respect to x: grad [..., N] @ W transposed, [..., K]."""
+    return grad @ _dense(grad, words, scales, zeros, order, bits, group_size, in_features).t()
+
+
+@packed_linear_grad.register_fake
+def _(grad, words, scales, zeros, order, bits, group_size, in_features):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _dense(
+    like: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Return the weight [K, N] in the dtype of `like`."""
+    if like.is_cuda:
+        from ropewalk.gptq.triton_dequantize import dequantize
+
+        return dequantize(
+            words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features, dtype=like.dtype
+        )
+    weight = reference.packed_weight(
+        words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features
+    )
+    return weight.to(like.dtype)
+
+
+def _packed_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, words, scales, zeros, order, _, ctx.bits, ctx.group_size = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(words, scales, zeros, order)
+
+
+def _packed_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x = packed_linear_grad(grad, *ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.in_features)
+    return grad_x, None, None, None, None, None, None, None
+
+
+packed_linear.register_autograd(_packed_backward, setup_context=_packed_setup_context)

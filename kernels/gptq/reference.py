@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ropewalk.gptq.format import dequantize
+from ropewalk.gptq.format import dequantize, sequential_g_idx
+from ropewalk.gptq.layout import unpack_execution
 
 
 def gptq_linear(
@@ -41,3 +43,32 @@ def gptq_linear_grad(
     """Return the gradient of `gptq_linear` with respect to x: grad @ W transposed, [..., K]."""
     weight = dequantize(qweight, scales, qzeros, g_idx, bits=bits, group_size=group_size).to(grad.dtype)
     return grad @ weight.t()
+
+
+def packed_weight(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Return the weight as float32 [K, N], rows in the checkpoint's order, from the execution layout.
+
+    Args:
+        words: int32 [word_rows(K, bits), N] as `layout.to_execution` returns it.
+        scales: [G, N], any floating dtype.
+        zeros: uint8 [G, N], or None where all are 2 ** (bits - 1).
+        order: int32 [K] as `layout.row_order` returns it, or None.
+    """
+    codes = unpack_execution(words, bits)[:in_features].float()
+    groups = sequential_g_idx(in_features, group_size).long().to(words.device)
+    zero = float(1 << (bits - 1)) if zeros is None else zeros.float()[groups]
+    weight = (codes - zero) * scales.float()[groups]
+    if order is None:
+        return weight
+    moved = torch.empty_like(weight)
+    moved[order.long()] = weight
+    return moved

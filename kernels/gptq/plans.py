@@ -1,0 +1,93 @@
+"""Which kernel serves how many tokens, and with what block sizes: read from data files, never tuned on the fly.
+
+A file in `tuned/` holds the plans of one device, named by the device ("nvidia-h200.json") or by its
+architecture ("sm_75.json"); default.json serves the rest. `measured` says on what and when it was tuned,
+null where it was not. The first plan whose `max_m` is not below the number of tokens counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+
+from ropewalk.gptq.layout import rows_per_block
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one matmul runs.
+
+    Attributes:
+        max_m: the most tokens it is for; None for any number.
+        kernel: "decode" (triton_decode), "matmul" (triton_matmul) or "dense" (dequantized whole, then the
+            matmul library).
+        block_m, block_n: tokens and columns of one program.
+        gather: whether the activations are brought into the weight's order by a step of their own, not as they
+            are loaded: an access by 2 bytes keeps many tokens from being loaded ahead.
+        bits: the only widths it is for; empty for all.
+    """
+
+    max_m: int | None
+    kernel: str
+    block_m: int = 16
+    block_n: int = 64
+    gather: bool = False
+    num_warps: int = 4
+    num_stages: int = 3
+    bits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of one device, and how many programs keep one of its multiprocessors busy."""
+
+    plans: tuple[Plan, ...]
+    programs_per_multiprocessor: int
+    measured: str | None
+
+    def choose(self, m: int, bits: int) -> Plan:
+        """Return the plan for m tokens and a weight of so many bits."""
+        return next(p for p in self.plans if (p.max_m is None or m <= p.max_m) and (not p.bits or bits in p.bits))
+
+
+def read_plans(name: str) -> Plans | None:
+    """Return the plans in tuned/<name>.json, or None where there is no such file."""
+    file = files("ropewalk.gptq") / "tuned" / f"{name}.json"
+    if not file.is_file():
+        return None
+    data = json.loads(file.read_text(encoding="utf-8"))
+    plans = tuple(Plan(**{**plan, "bits": tuple(plan.get("bits", ()))}) for plan in data["plans"])
+    return Plans(plans, data["programs_per_multiprocessor"], data["measured"])
+
+
+@functools.cache
+def device_plans(device: torch.device) -> tuple[Plans, int]:
+    """Return the plans for a device and its number of multiprocessors. The CPU stands for a device of 64."""
+    names, multiprocessors = ["default"], 64
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        multiprocessors = properties.multi_processor_count
+        names = [device_slug(properties.name), f"sm_{properties.major}{properties.minor}", *names]
+    return next(plans for name in names if (plans := read_plans(name)) is not None), multiprocessors
+
+
+def device_slug(name: str) -> str:
+    """Return a device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def split_k(programs: int, in_features: int, bits: int, wanted: int) -> int:
+    """Return into how many parts K is split so that at least `wanted` programs run, if K has that many blocks.
+
+    A power of two up to 16: each is a specialization of the kernel, and the parts are read once more.
+    """
+    blocks = -(-in_features // rows_per_block(bits))
+    split = 1
+    while split < 16 and programs * split < wanted and 2 * split <= blocks:
+        split *= 2
+    return split

@@ -1,0 +1,127 @@
+"""The packed matmul on a GPU: picks the plan, allocates, launches."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ropewalk.gptq.layout import PLANE, WORDS, bit_planes, rows_per_block
+from ropewalk.gptq.plans import Plan, device_plans, split_k
+from ropewalk.gptq.triton_decode import decode_kernel
+from ropewalk.gptq.triton_dequantize import dequantize
+from ropewalk.gptq.triton_matmul import matmul_kernel
+from ropewalk.gptq.triton_reduce import reduce_kernel
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_REDUCE_BLOCK = 512
+
+
+def packed_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    plan: Plan | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """Return x @ W + bias for a weight in the execution layout (layout.py).
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32; rows may be strided.
+        words: int32 [word_rows(K, bits), N].
+        scales: [G, N], any floating dtype.
+        zeros: uint8 [G, N], or None where all are 2 ** (bits - 1).
+        order: int32 [K], the checkpoint row of each sorted row; None where none was moved.
+        bias: [N] or None.
+        group_size: -1, at least K, or a multiple of PLANE (`layout.supports`).
+        plan, split: instead of those for the device.
+
+    Returns:
+        [..., N] in x's dtype, accumulated in float32 and rounded once (twice where the plan is "dense": the
+        weight is rounded to x's dtype as well). Two runs give the same bits.
+    """
+    if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        # The interpreter computes with the bits of bfloat16 numbers, not with their values.
+        wide = packed_linear(
+            x.float(), words, scales, zeros, order, bias, bits=bits, group_size=group_size, plan=plan, split=split
+        )
+        return wide.to(x.dtype)
+    *leading, in_features = x.shape
+    columns = words.shape[1]
+    rows = x.reshape(-1, in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    m = rows.shape[0]
+    plans, multiprocessors = device_plans(x.device)
+    plan = plan or plans.choose(m, bits)
+    if m == 0:
+        return x.new_empty((*leading, columns))
+    if plan.kernel == "dense":
+        weight = dequantize(
+            words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features, dtype=x.dtype
+        )
+        y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
+        return y.reshape(*leading, columns)
+    if plan.gather and order is not None:
+        rows, order = rows.index_select(1, order), None
+    block_m = triton.next_power_of_2(m) if plan.kernel == "decode" else plan.block_m
+    grid_n, grid_m = triton.cdiv(columns, plan.block_n), triton.cdiv(m, block_m)
+    if split is None:
+        split = split_k(grid_n * grid_m, in_features, bits, plans.programs_per_multiprocessor * multiprocessors)
+    out = torch.empty(m, columns, dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, m, columns, dtype=torch.float32, device=x.device)
+    low, high = bit_planes(words, bits)
+    arguments = (
+        rows,
+        low,
+        low if high is None else high,
+        scales,
+        scales if zeros is None else zeros,
+        scales if order is None else order,
+        scales if bias is None else bias,
+        parts,
+        m,
+        columns,
+        in_features,
+        rows.stride(0),
+    )
+    constants = {
+        "BITS": bits,
+        "GROUP": 0 if group_size == -1 or group_size >= in_features else group_size,
+        "HAS_ZEROS": zeros is not None,
+        "HAS_ORDER": order is not None,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": block_m,
+        "BLOCK_N": plan.block_n,
+        "WORDS": WORDS,
+        "PLANES": rows_per_block(bits) // PLANE,
+        "SPLIT_K": split,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    if plan.kernel == "decode":
+        decode_kernel[(grid_n, split)](*arguments, **constants)
+    else:
+        matmul_kernel[(grid_m, grid_n, split)](*arguments, DTYPE=_DTYPES[x.dtype], **constants)
+    if split > 1:
+        reduce_kernel[(triton.cdiv(m * columns, _REDUCE_BLOCK),)](
+            parts,
+            scales if bias is None else bias,
+            out,
+            m * columns,
+            columns,
+            HAS_BIAS=bias is not None,
+            SPLIT_K=split,
+            BLOCK=_REDUCE_BLOCK,
+            num_warps=4,
+        )
+    return out.reshape(*leading, columns)
