@@ -24,6 +24,9 @@ COMMANDS = {
     "generate": "continue a prompt, streaming",
     "perplexity": "perplexity over a text, by length of context",
     "quantize": "pack a float16 model with GPTQ",
+    "bench": "our kernels against others found here, in one run",
+    "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
+    "tune": "find the fastest plans for the GPU that is here, and keep them",
     "doctor": "what is installed here, and what will be used",
 }
 

@@ -9,7 +9,12 @@ from typing import Any
 from ropewalk.errors import MissingPackageError
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """Return matplotlib.pyplot, drawing into files only.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -35,7 +40,7 @@ def plot_perplexity(
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes.set_yscale("log")
     lines = {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ropewalk.errors import MissingFileError, UsageError
 from ropewalk.shipped import resolve
 from ropewalk.terminal import Output
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -120,3 +123,26 @@ def rope_of(model: Any) -> dict[str, Any]:
         "type": parameters.get("rope_type", "per-layer"),
         **{k: v for k, v in parameters.items() if k != "rope_type"},
     }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of --device.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, found {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, found {name!r}")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device: expected one of the {torch.cuda.device_count()} GPUs here, found {name!r}")
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,112 @@
+"""What only the device can show: a second run and a CUDA graph give the same bits, and the right ones.
+
+    python -m ropewalk.bench.gpu_check [--device cuda] [--small]
+
+Every bit width, group size, order and zero point. With --small at sizes for which compute-sanitizer has the
+patience, and without graphs, which torch cannot capture with its allocator out of the sanitizer's way. Prints
+a line for each failure and one at the end; exits with 1 if there was a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch.nn.functional import linear
+
+from ropewalk.bench.peers.ours import Ropewalk
+from ropewalk.bench.peers.rotary import Inputs, RopewalkInPlace, RotaryPeer
+from ropewalk.bench.peers.rotary import Ropewalk as RopewalkRotary
+from ropewalk.bench.peers.weight import random_weight
+from ropewalk.bench.report import largest_error, verdict
+from ropewalk.bench.rope import Heads, make_inputs
+from ropewalk.bench.timing import Rotation
+from ropewalk.rope.reference import rope
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the checks; return the exit status."""
+    parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    count, failures = 0, 0
+    with torch.inference_mode():
+        for name, fault in itertools.chain(_matmuls(device, args.small), _rotations(device, args.small)):
+            count += 1
+            if fault:
+                failures += 1
+                print(f"{name}: {fault}")
+    print(f"{count} cases on {device}, {failures} failures")
+    return 1 if failures else 0
+
+
+def _matmuls(device: torch.device, small: bool) -> Iterator[tuple[str, str]]:
+    """Yield each case's name and what is wrong with it, or ""."""
+    k, n = (256, 192) if small else (1024, 768)
+    ms = (1, 17) if small else (1, 2, 5, 8, 16, 33, 64, 200, 1024)
+    groups = (-1, 32) if small else (-1, 32, 64, 128)
+    for bits, group_size, desc_act, sym in itertools.product((2, 3, 4, 8), groups, (False, True), (False, True)):
+        weight = random_weight(k, n, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, device=device)
+        dense = weight.dense().t().contiguous()
+        for dtype in (torch.float16, torch.bfloat16):
+            run = Ropewalk().prepare(weight.clone(), dtype)
+            for m in ms:
+                x = torch.randn(m, k, device=device).to(dtype)
+                expected = linear(x.float(), dense)
+                largest = float(expected.abs().max())
+                tolerance = 2 * largest_error(linear(x, dense.to(dtype)), expected) + 1e-5 * largest
+                first, second = run(x), run(x)
+                name = f"{k}x{n}, {bits} bits, group {group_size}, order {desc_act}, sym {sym}, {dtype}, M={m}"
+                if not torch.equal(first, second):
+                    yield name, "a second run gives other bits"
+                elif not small and (fault := _graph(partial(run, x), first, device)):
+                    yield name, fault
+                elif verdict(largest_error(first, expected), tolerance, largest) != "ok":
+                    yield name, f"off by {largest_error(first, expected):.3g}, expected at most {tolerance:.3g}"
+                else:
+                    yield name, ""
+
+
+def _rotations(device: torch.device, small: bool) -> Iterator[tuple[str, str]]:
+    """Yield each case's name and what is wrong with it, or ""."""
+    shapes = [Heads(4, 2, 64)] if small else [Heads(40, 40, 128), Heads(64, 8, 128), Heads(3, 1, 80)]
+    for heads, tokens, dtype in itertools.product(shapes, (1, 7, 300), (torch.float16, torch.bfloat16, torch.float32)):
+        inputs = make_inputs(heads, tokens, dtype, device)
+        exact = torch.cat(
+            [t.flatten() for t in rope(inputs.q.float(), inputs.k.float(), inputs.inv_freq, inputs.position_ids)]
+        )
+        largest = float(exact.abs().max())
+        tolerance = 2 * largest_error(exact.to(dtype), exact) + 1e-5 * largest
+        for peer in (RopewalkRotary(), RopewalkInPlace()):
+            name = f"{peer.name}, {heads}, {dtype}, {tokens} tokens"
+            first, second = _rotated(peer, inputs), _rotated(peer, inputs)
+            if not torch.equal(first, second):
+                yield name, "a second run gives other bits"
+            elif not small and (note := Rotation([peer.prepare(inputs.clone())], device).note):
+                yield name, note
+            elif verdict(largest_error(first, exact), tolerance, largest) != "ok":
+                yield name, f"off by {largest_error(first, exact):.3g}, expected at most {tolerance:.3g}"
+            else:
+                yield name, ""
+
+
+def _graph(call: Callable[[], torch.Tensor], expected: torch.Tensor, device: torch.device) -> str:
+    """Return what is wrong with a call that a CUDA graph replays, or ""."""
+    rotation = Rotation([call], device)
+    same = torch.equal(rotation.result(), expected)
+    return rotation.note or ("" if same else "a CUDA graph gives other bits")
+
+
+def _rotated(peer: RotaryPeer, inputs: Inputs) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in peer.prepare(inputs.clone())()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
