@@ -1,21 +1,29 @@
 """Which kernel serves how many tokens, and with what block sizes: read from data files, never tuned on the fly.
 
-A file in `tuned/` holds the plans of one device, named by the device ("nvidia-h200.json") or by its
-architecture ("sm_75.json"); default.json serves the rest. `measured` says on what and when it was tuned,
-null where it was not. The first plan whose `max_m` is not below the number of tokens counts.
+A file holds the plans of one device, named by the device ("nvidia-h200.json") or by its architecture
+("sm_75.json"); default.json serves the rest. What `ropewalk tune` wrote (`user_folder`) goes before what ships
+in `tuned/`. `measured` says on what and when a file was tuned, null where it was not. The first plan whose
+`max_m` is not below the number of tokens counts.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ropewalk.errors import FormatError
 from ropewalk.gptq.layout import rows_per_block
+
+KERNELS = ("decode", "matmul", "dense")
+_POWERS = tuple(1 << i for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,52 @@ class Plans:
         return next(p for p in self.plans if (p.max_m is None or m <= p.max_m) and (not p.bits or bits in p.bits))
 
 
+def user_folder() -> Path:
+    """Return where `ropewalk tune` writes plans: $ROPEWALK_TUNED, or ropewalk/tuned in the user's configuration."""
+    chosen = os.environ.get("ROPEWALK_TUNED")
+    return (
+        Path(chosen)
+        if chosen
+        else Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "ropewalk/tuned").expanduser()
+    )
+
+
 def read_plans(name: str) -> Plans | None:
-    """Return the plans in tuned/<name>.json, or None where there is no such file."""
-    file = files("ropewalk.gptq") / "tuned" / f"{name}.json"
-    if not file.is_file():
-        return None
-    data = json.loads(file.read_text(encoding="utf-8"))
-    plans = tuple(Plan(**{**plan, "bits": tuple(plan.get("bits", ()))}) for plan in data["plans"])
-    return Plans(plans, data["programs_per_multiprocessor"], data["measured"])
+    """Return the plans in <name>.json, the user's or those that ship, or None where there is no such file.
+
+    Raises:
+        FormatError: a file that holds something else.
+    """
+    for folder in (user_folder(), files("ropewalk.gptq") / "tuned"):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            return parse_plans(file.read_text(encoding="utf-8"), str(file))
+    return None
+
+
+def parse_plans(text: str, file: str) -> Plans:
+    """Return the plans in a file's text.
+
+    Raises:
+        FormatError: naming the file, and what in it is not as it should be.
+    """
+    try:
+        data = json.loads(text)
+        plans = tuple(Plan(**{**plan, "bits": tuple(plan.get("bits", ()))}) for plan in data["plans"])
+        found = Plans(plans, int(data["programs_per_multiprocessor"]), data["measured"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            "plans", "the form of gptq/tuned/default.json", f"{type(error).__name__}: {error}", file
+        ) from None
+    for plan in plans:
+        sizes: dict[str, Any] = {"block_m": plan.block_m, "block_n": plan.block_n, "num_warps": plan.num_warps}
+        odd = [f"{key} {value}" for key, value in sizes.items() if value not in _POWERS]
+        if plan.kernel not in KERNELS or odd:
+            found_here = ", ".join(odd) or repr(plan.kernel)
+            raise FormatError("plans", f"{', '.join(KERNELS)}, and powers of two for sizes", found_here, file)
+    if not any(plan.max_m is None and not plan.bits for plan in plans):
+        raise FormatError("plans", "one for any number of tokens and all widths", "none", file)
+    return found
 
 
 @functools.cache
