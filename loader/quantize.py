@@ -82,7 +82,7 @@ def quantize(
         UsageError: a setting out of range, or too little text.
         RopewalkError: GPTQModel failed; the message has its last words and the path of its log.
     """
-    out = Path(out).expanduser()
+    out = Path(out).expanduser().absolute()
     if bits not in BITS:
         raise UsageError(f"bits: expected {', '.join(map(str, BITS))}, found {bits}")
     if group_size < 1 and group_size != -1:
@@ -256,6 +256,7 @@ def _run_worker(job: dict[str, Any], work: Path, progress: Callable[[int, int], 
             stderr=log,
             text=True,
             env=environment,
+            cwd=work,  # GPTQModel leaves a folder of logs where it runs
         )
         assert worker.stdin is not None
         assert worker.stdout is not None
