@@ -141,8 +141,8 @@ def tune(
 def _split_call(plan: Plan, wanted: int, case: Case, m: int, x: torch.Tensor, index: int) -> torch.Tensor:
     columns, rows = -(-case.out_features // plan.block_n), -(-m // plan.block_m)
     split = 1 if plan.kernel == "dense" else split_k(columns * rows, case.in_features, case.bits, wanted)
-    settings = {"bits": case.bits, "group_size": case.group_size, "plan": plan, "split": split}
-    return packed_linear(x, *case.arguments[index], **settings)
+    weight = case.arguments[index]
+    return packed_linear(x, *weight, bits=case.bits, group_size=case.group_size, plan=plan, split=split)
 
 
 def _best(

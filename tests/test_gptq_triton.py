@@ -134,6 +134,27 @@ def test_views_leading_dimensions_and_none_at_all(device, plan):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (5, torch.float32), (17, torch.bfloat16)])
+def test_gate_and_up_in_one(device, bits, tokens, dtype):
+    """72 or 96 columns each: the programs of gate reach into those of up."""
+    (words, scales, zeros, order, bias), weight = layer(
+        device, bits, 64, act_order=True, sym=False, bias=True, columns=2 * 96 if bits == 3 else 144
+    )
+    x = torch.randn(tokens, K, device=device).to(dtype) / 8
+    exact = reference.gated(x.float() @ weight + bias.float())
+    torchs = reference.gated(torch.nn.functional.linear(x, weight.t().to(dtype), bias.to(dtype)))
+    allowed = 2 * (torchs.float() - exact).abs().max() + 1e-5
+    settings = {"bits": bits, "group_size": 64, "gate_up": True}
+    for plan in PLANS:
+        if plan.kernel == "decode" and tokens > 8:
+            continue
+        for split in (1, 2):
+            y = packed_linear(x, words, scales, zeros, order, bias, plan=plan, split=split, **settings)
+            assert y.shape == (tokens, words.shape[1] // 2)
+            assert (y.float() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [-1, 32, 128])
 def test_dequantized_weight_is_exact(device, bits, group_size):
     (words, scales, zeros, order, _), weight = layer(device, bits, group_size, act_order=True, sym=False)

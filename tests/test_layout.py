@@ -13,6 +13,7 @@ from ropewalk.gptq.layout import (
     bit_planes,
     row_order,
     rows_per_block,
+    side_by_side,
     supports,
     to_checkpoint,
     to_execution,
@@ -90,3 +91,13 @@ def test_row_order():
 def test_which_group_sizes_a_plane_never_straddles():
     assert all(supports(group_size, 256) for group_size in (-1, 32, 64, 96, 128, 256, 1000))
     assert not any(supports(group_size, 256) for group_size in (1, 8, 16, 48, 100))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_side_by_side(bits):
+    parts = [random_words(288, columns, bits, seed) for seed, columns in enumerate((32, 64, 96))]
+    order = torch.randperm(288).to(torch.int32)
+    together = side_by_side([to_execution(part, bits, order) for part in parts], bits)
+    assert torch.equal(together, to_execution(torch.cat(parts, dim=1), bits, order))
+    with pytest.raises(FormatError, match="weights of the same K"):
+        side_by_side([to_execution(random_words(rows, 32, bits), bits) for rows in (32, 512)], bits)

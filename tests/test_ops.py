@@ -123,3 +123,21 @@ def test_packed_linear_computes_what_gptq_linear_does(bits, act_order):
     torch.library.opcheck(
         torch.ops.ropewalk.packed_linear_grad.default, (grad, *packed[:4], bits, group_size, x.shape[-1])
     )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gate_and_up_in_one(bits):
+    x, qweight, scales, qzeros, g_idx, bias, bits, group_size = arguments(bits, sym=False)
+    order = row_order(g_idx, group_size)
+    packed = (to_execution(qweight, bits, order), scales, unpack(qzeros, bits, dim=1), order, bias, bits, group_size)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = torch.ops.ropewalk.packed_gate_up(ours, *packed)
+    gate, up = torch.ops.ropewalk.packed_linear(theirs, *packed).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4)
+    torch.library.opcheck(torch.ops.ropewalk.packed_gate_up.default, (x, *packed))
+    torch.library.opcheck(torch.ops.ropewalk.packed_gate_up.default, (x.requires_grad_(), *packed))

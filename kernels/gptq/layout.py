@@ -19,6 +19,7 @@ here runs on the device of its arguments, and `to_checkpoint` inverts `to_execut
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -130,6 +131,29 @@ def bit_planes(words: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
         words[:low].reshape(-1, columns, WORDS),
         words[low:].reshape(-1).view(torch.int16).reshape(-1, columns, WORDS),
     )
+
+
+def side_by_side(weights: Sequence[Tensor], bits: int) -> Tensor:
+    """Return one weight that has the columns of several, which agree in K, bits and the order of their rows.
+
+    Args:
+        weights: words as `to_execution` returns them.
+
+    Returns:
+        int32 [word_rows(K, bits), the sum of N]. Scales and zero points are concatenated along dim 1.
+
+    Raises:
+        FormatError: weights of different K.
+    """
+    rows = {words.shape[0] for words in weights}
+    if len(rows) != 1:
+        raise FormatError("words", "weights of the same K", f"{sorted(rows)} rows of words")
+    columns = sum(words.shape[1] for words in weights)
+    lows, highs = zip(*(bit_planes(words, bits) for words in weights), strict=True)
+    flat = torch.cat(lows, dim=1).flatten()
+    if bits == 3:
+        flat = torch.cat((flat, torch.cat(highs, dim=1).flatten().view(torch.int32)))
+    return flat.reshape(-1, columns)
 
 
 def _pack_planes(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -111,7 +111,7 @@ def packed_linear(
         from ropewalk.gptq import triton_linear
 
         return triton_linear.packed_linear(x, words, scales, zeros, order, bias, bits=bits, group_size=group_size)
-    weight = _dense(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
+    weight = dense_weight(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
     return torch.nn.functional.linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
 
 
@@ -132,7 +132,7 @@ def packed_linear_grad(
     in_features: int,
 ) -> Tensor:
     """Return the gradient of `packed_linear` with respect to x: grad [..., N] @ W transposed, [..., K]."""
-    return grad @ _dense(grad, words, scales, zeros, order, bits, group_size, in_features).t()
+    return grad @ dense_weight(grad, words, scales, zeros, order, bits, group_size, in_features).t()
 
 
 @packed_linear_grad.register_fake
@@ -140,7 +140,7 @@ def _(grad, words, scales, zeros, order, bits, group_size, in_features):  # type
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _dense(
+def dense_weight(
     like: Tensor,
     words: Tensor,
     scales: Tensor,
@@ -163,6 +163,35 @@ def _dense(
     return weight.to(like.dtype)
 
 
+@torch.library.custom_op("ropewalk::packed_gate_up", mutates_args=())
+def packed_gate_up(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Return silu(x @ gate) * (x @ up), [..., N / 2] in x's dtype.
+
+    The arguments are those of `packed_linear` for gate and up side by side (`layout.side_by_side`), gate first.
+    """
+    if x.is_cuda:
+        from ropewalk.gptq import triton_linear
+
+        return triton_linear.packed_linear(
+            x, words, scales, zeros, order, bias, bits=bits, group_size=group_size, gate_up=True
+        )
+    return reference.gated(packed_linear(x, words, scales, zeros, order, bias, bits, group_size))
+
+
+@packed_gate_up.register_fake
+def _(x, words, scales, zeros, order, bias, bits, group_size):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], words.shape[1] // 2))
+
+
 def _packed_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, words, scales, zeros, order, _, ctx.bits, ctx.group_size = inputs
     ctx.in_features = x.shape[-1]
@@ -175,3 +204,20 @@ def _packed_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 packed_linear.register_autograd(_packed_backward, setup_context=_packed_setup_context)
+
+
+def _gate_up_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.bits, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gate_up_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, words, scales, zeros, order, bias = ctx.saved_tensors
+    # The product is computed again rather than kept: it is as large as the rest of the layer together.
+    y = packed_linear(x, words, scales, zeros, order, bias, ctx.bits, ctx.group_size)
+    grad_y = reference.gated_grad(grad, y)
+    grad_x = packed_linear_grad(grad_y, words, scales, zeros, order, ctx.bits, ctx.group_size, x.shape[-1])
+    return grad_x, None, None, None, None, None, None, None
+
+
+packed_gate_up.register_autograd(_gate_up_backward, setup_context=_gate_up_setup_context)

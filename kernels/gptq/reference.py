@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from ropewalk.gptq.format import dequantize, sequential_g_idx
 from ropewalk.gptq.layout import unpack_execution
@@ -72,3 +72,17 @@ def packed_weight(
     moved = torch.empty_like(weight)
     moved[order.long()] = weight
     return moved
+
+
+def gated(y: Tensor) -> Tensor:
+    """Return silu(gate) * up, [..., N / 2] in y's dtype, for the two halves of y [..., N]; computed in float32."""
+    gate, up = y.float().chunk(2, dim=-1)
+    return (silu(gate) * up).to(y.dtype)
+
+
+def gated_grad(grad: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of `gated` with respect to y, [..., N] in y's dtype, for grad [..., N / 2]."""
+    gate, up = y.float().chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    through_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat((through_gate, grad * gate * sigmoid), dim=-1).to(y.dtype)

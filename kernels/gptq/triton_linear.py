@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ropewalk.gptq.layout import PLANE, WORDS, bit_planes, rows_per_block
 from ropewalk.gptq.plans import Plan, device_plans, split_k
+from ropewalk.gptq.reference import gated
 from ropewalk.gptq.triton_decode import decode_kernel
 from ropewalk.gptq.triton_dequantize import dequantize
+from ropewalk.gptq.triton_gate_up import gate_up_kernel, reduce_gate_up_kernel
 from ropewalk.gptq.triton_matmul import matmul_kernel
 from ropewalk.gptq.triton_reduce import reduce_kernel
 
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _REDUCE_BLOCK = 512
 
 
@@ -30,6 +32,7 @@ def packed_linear(
     *,
     bits: int,
     group_size: int,
+    gate_up: bool = False,
     plan: Plan | None = None,
     split: int | None = None,
 ) -> Tensor:
@@ -43,18 +46,17 @@ def packed_linear(
         order: int32 [K], the checkpoint row of each sorted row; None where none was moved.
         bias: [N] or None.
         group_size: -1, at least K, or a multiple of PLANE (`layout.supports`).
+        gate_up: W holds gate and up side by side: return silu(x @ gate) * (x @ up) of its two halves.
         plan, split: instead of those for the device.
 
     Returns:
-        [..., N] in x's dtype, accumulated in float32 and rounded once (twice where the plan is "dense": the
-        weight is rounded to x's dtype as well). Two runs give the same bits.
+        [..., N] (with gate_up [..., N / 2]) in x's dtype, accumulated in float32 and rounded once; twice where
+        the plan is "dense", since the weight is rounded to x's dtype as well. Two runs give the same bits.
     """
     if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         # The interpreter computes with the bits of bfloat16 numbers, not with their values.
-        wide = packed_linear(
-            x.float(), words, scales, zeros, order, bias, bits=bits, group_size=group_size, plan=plan, split=split
-        )
-        return wide.to(x.dtype)
+        settings = {"bits": bits, "group_size": group_size, "gate_up": gate_up, "plan": plan, "split": split}
+        return packed_linear(x.float(), words, scales, zeros, order, bias, **settings).to(x.dtype)  # type: ignore[arg-type]
     *leading, in_features = x.shape
     columns = words.shape[1]
     rows = x.reshape(-1, in_features)
@@ -63,21 +65,25 @@ def packed_linear(
     m = rows.shape[0]
     plans, multiprocessors = device_plans(x.device)
     plan = plan or plans.choose(m, bits)
+    kept = columns // 2 if gate_up else columns
     if m == 0:
-        return x.new_empty((*leading, columns))
+        return x.new_empty((*leading, kept))
     if plan.kernel == "dense":
         weight = dequantize(
             words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features, dtype=x.dtype
         )
         y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
-        return y.reshape(*leading, columns)
+        return (gated(y) if gate_up else y).reshape(*leading, kept)
+    if gate_up and plan.kernel == "decode":
+        # Without tensor cores the product is written out and gated by a second step, as where K is split.
+        split = max(split or 1, 2)
     if plan.gather and order is not None:
         rows, order = rows.index_select(1, order), None
     block_m = triton.next_power_of_2(m) if plan.kernel == "decode" else plan.block_m
     grid_n, grid_m = triton.cdiv(columns, plan.block_n), triton.cdiv(m, block_m)
     if split is None:
         split = split_k(grid_n * grid_m, in_features, bits, plans.programs_per_multiprocessor * multiprocessors)
-    out = torch.empty(m, columns, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, kept, dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, columns, dtype=torch.float32, device=x.device)
     low, high = bit_planes(words, bits)
     arguments = (
@@ -104,24 +110,26 @@ def packed_linear(
         "BLOCK_N": plan.block_n,
         "WORDS": WORDS,
         "PLANES": rows_per_block(bits) // PLANE,
-        "SPLIT_K": split,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
     if plan.kernel == "decode":
-        decode_kernel[(grid_n, split)](*arguments, **constants)
+        decode_kernel[(grid_n, split)](*arguments, SPLIT_K=split, **constants)
+    elif gate_up and split == 1:
+        gate_up_kernel[(grid_m, triton.cdiv(kept, plan.block_n))](*arguments, DTYPE=DTYPES[x.dtype], **constants)
     else:
-        matmul_kernel[(grid_m, grid_n, split)](*arguments, DTYPE=_DTYPES[x.dtype], **constants)
+        matmul_kernel[(grid_m, grid_n, split)](*arguments, SPLIT_K=split, DTYPE=DTYPES[x.dtype], **constants)
     if split > 1:
-        reduce_kernel[(triton.cdiv(m * columns, _REDUCE_BLOCK),)](
+        reduce = reduce_gate_up_kernel if gate_up else reduce_kernel
+        reduce[(triton.cdiv(m * kept, _REDUCE_BLOCK),)](
             parts,
             scales if bias is None else bias,
             out,
-            m * columns,
+            m * kept,
             columns,
             HAS_BIAS=bias is not None,
             SPLIT_K=split,
             BLOCK=_REDUCE_BLOCK,
             num_warps=4,
         )
-    return out.reshape(*leading, columns)
+    return out.reshape(*leading, kept)
