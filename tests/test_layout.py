@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ropewalk.errors import FormatError
 from ropewalk.gptq.format import BITS, pack, unpack
 from ropewalk.gptq.layout import (
+    HIGH_BIT,
     PLANE,
     WORDS,
     bit_planes,
@@ -53,7 +54,7 @@ def test_codes_lie_where_the_docstring_says(bits):
         c, h = divmod(place, 2)
         code = (low[block, :, c] >> (width * p + 16 * h)) & ((1 << width) - 1)
         if high is not None:
-            code = code | (((high[block, :, c].int() >> (p + 8 * h)) & 1) << 2)
+            code = code | (((high[block, :, c].int() >> (HIGH_BIT[p] + 8 * h)) & 1) << 2)
         assert torch.equal(code.to(torch.uint8), codes[row])
 
 

@@ -29,6 +29,7 @@ from ropewalk.gptq.format import is_sequential, pack, unpack
 
 WORDS = 16  # of a column in a block
 PLANE = 2 * WORDS  # rows
+HIGH_BIT = (0, 2, 4, 6, 1, 3, 5, 7)
 _LOW_BITS = {2: 2, 3: 2, 4: 4, 8: 8}
 
 
@@ -164,7 +165,7 @@ def _pack_planes(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     words = torch.zeros(blocks.shape[0], WORDS, columns, dtype=dtype, device=codes.device)
     for p in range(half // bits):
         for h in range(2):
-            words |= blocks[:, p, :, h].to(dtype) << (bits * p + half * h)
+            words |= blocks[:, p, :, h].to(dtype) << (_bit(p, bits) + half * h)
     return words.transpose(1, 2).contiguous()
 
 
@@ -175,5 +176,10 @@ def _unpack_planes(words: Tensor, bits: int) -> Tensor:
     codes = torch.empty(blocks, half // bits, WORDS, 2, columns, dtype=torch.uint8, device=words.device)
     for p in range(half // bits):
         for h in range(2):
-            codes[:, p, :, h] = (words >> (bits * p + half * h)) & ((1 << bits) - 1)
+            codes[:, p, :, h] = (words >> (_bit(p, bits) + half * h)) & ((1 << bits) - 1)
     return codes.reshape(-1, columns)
+
+
+def _bit(p: int, bits: int) -> int:
+    """Return where in its half a word holds the codes of plane p; of 1 bit are the high ones of 3."""
+    return HIGH_BIT[p] if bits == 1 else bits * p

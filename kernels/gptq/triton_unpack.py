@@ -13,8 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def load_block(low, high, block, n, N, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Return the words of one block for the columns n: int32 [BLOCK_N, WORDS], and for 3 bits the high bits
-    with bit p of a half belonging to plane p (otherwise the same words again). Columns from N on read as 0.
+    """Return the words of one block for the columns n: int32 [BLOCK_N, WORDS], and for 3 bits the high bits,
+    those of a half in its bits 2 to 9 (otherwise the same words again). Columns from N on read as 0.
     """
     columns = tl.cast(block, tl.int64) * N + n
     offsets = columns[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -22,7 +22,7 @@ def load_block(low, high, block, n, N, BITS: tl.constexpr, WORDS: tl.constexpr):
     words = tl.load(low + offsets, mask=here, other=0)
     if BITS == 3:
         both = tl.load(high + offsets, mask=here, other=0).to(tl.int32) & 0xFFFF
-        return words, both | (both << 8)
+        return words, (both << 2) | (both << 10)
     else:
         return words, words
 
@@ -33,7 +33,8 @@ def shifted_pairs(words, high, p: tl.constexpr, BITS: tl.constexpr):
     if BITS == 2:
         return (words >> (2 * p)) & 0x00030003
     elif BITS == 3:
-        return ((words >> (2 * p)) & 0x00030003) | (((high >> p) & 0x00010001) << 2)
+        # layout.HIGH_BIT
+        return ((words >> (2 * p)) & 0x00030003) | ((high >> (2 * p if p < 4 else 2 * p - 7)) & 0x00040004)
     elif BITS == 4:
         return (words >> (4 * p)) & 0x000F000F
     else:
@@ -61,19 +62,31 @@ def plane_weights(words, high, zero, p: tl.constexpr, BITS: tl.constexpr, DTYPE:
 
     UNIT is 1024 for float16 and 1 otherwise (`unit`). In float16 a code at bit s of a half reads as the
     subnormal number code * 2 ** (s - 24): one multiplication brings it to code / 1024, and fused with the
-    subtraction of zero / 1024 it costs one instruction for two codes. Four bits at bit 0 and at bit 4 both
-    lie within the ten bits of a subnormal, so that every second plane needs no shift either.
+    subtraction of zero / 1024 it costs one instruction for two codes. A subnormal has ten bits, so that one
+    shift serves several planes: two of 4 bits, four of 3 bits, five of 2 bits.
     """
     if tl.float16 == DTYPE:
-        if BITS == 4:
+        if BITS == 2:
+            if p < 5:
+                pairs = words & (0x00030003 << (2 * p))
+                codes = spread(pairs).to(tl.float16, bitcast=True) * (2.0 ** (14 - 2 * p))
+            else:
+                pairs = (words >> 10) & (0x00030003 << (2 * p - 10))
+                codes = spread(pairs).to(tl.float16, bitcast=True) * (2.0 ** (24 - 2 * p))
+        elif BITS == 3:
+            if p < 4:
+                pairs = (words & (0x00030003 << (2 * p))) | (high & (0x00040004 << (2 * p)))
+                codes = spread(pairs).to(tl.float16, bitcast=True) * (2.0 ** (14 - 2 * p))
+            else:
+                pairs = ((words >> 8) & (0x00030003 << (2 * p - 8))) | ((high >> 1) & (0x00040004 << (2 * p - 8)))
+                codes = spread(pairs).to(tl.float16, bitcast=True) * (2.0 ** (22 - 2 * p))
+        elif BITS == 4:
             if p % 2 == 0:
                 codes = spread((words >> (4 * p)) & 0x000F000F).to(tl.float16, bitcast=True) * 16384.0
             else:
                 codes = spread((words >> (4 * p - 4)) & 0x00F000F0).to(tl.float16, bitcast=True) * 1024.0
-        elif BITS == 2 and p < 5:
-            codes = spread(words & (0x00030003 << (2 * p))).to(tl.float16, bitcast=True) * (2.0 ** (14 - 2 * p))
         else:
-            codes = spread(shifted_pairs(words, high, p, BITS)).to(tl.float16, bitcast=True) * 16384.0
+            codes = spread((words >> (8 * p)) & 0x00FF00FF).to(tl.float16, bitcast=True) * 16384.0
         return codes - (zero.to(tl.float16) * 0.0009765625)[:, None]
     elif tl.bfloat16 == DTYPE and BITS < 8:
         # 0x4300 is 128, whose last place counts ones.
