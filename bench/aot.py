@@ -83,7 +83,7 @@ class Variant:
             "decode-fma" (without), "dequantize", "reduce", "rope", or "peer", of which nothing is asked.
         weights: arguments that point to the packed weight.
         packed_bytes: how many bytes of it one program reads in one pass of its inner loop; 0 without such a loop.
-        num_warps, num_stages: as in a launch.
+        num_warps, num_stages, maxnreg: as in a launch; maxnreg is for NVIDIA alone.
         architectures: those it is made for.
     """
 
@@ -96,6 +96,7 @@ class Variant:
     packed_bytes: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
 
 
@@ -121,13 +122,16 @@ def compile_variant(variant: Variant, arch: str) -> dict[str, Any]:
     target = ARCHITECTURES[arch]
     # For AMD one stage less: what is loaded ahead lies in registers there.
     stages = variant.num_stages if target.backend == "cuda" else min(variant.num_stages, 2)
+    options: dict[str, int | None] = {"num_warps": variant.num_warps, "num_stages": stages}
+    if target.backend == "cuda":
+        options |= {"maxnreg": variant.maxnreg}
     row: dict[str, Any] = {"kernel": variant.name, "role": variant.role, "arch": arch, **dict.fromkeys(MEASURED)}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Triton prints the whole kernel if ptxas refuses it
             compiled = compiler.compile(
                 _source(compiler, variant),
                 target=compiler.GPUTarget(target.backend, target.name, target.lanes),
-                options={"num_warps": variant.num_warps, "num_stages": stages},
+                options=options,
             )
     except (compiler.TritonError, RuntimeError) as error:
         return row | {"error": _reason(error)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from typing import Any
@@ -30,7 +31,7 @@ def variants(every: bool = False) -> list[Variant]:
         every: all combinations of width, group size, zero points, dtype and act-order for each plan, instead of
             some in which every pair of choices occurs.
     """
-    return [*_matmuls(every), *_dequantize(every), *_reduce(), *_rope()]
+    return [*_matmuls(every), *_experts(), *_dequantize(every), *_reduce(), *_rope()]
 
 
 def plan_files() -> dict[str, tuple[str, ...]]:
@@ -122,6 +123,67 @@ def _matmul(
         num_stages=plan.num_stages,
         architectures=architectures,
     )
+
+
+def _experts() -> Iterator[Variant]:
+    """Yield the matmul of experts for every plan that it can have, with one choice for each width: the loop is that
+    of the matmul. Where a plan is for few tokens their assignments are not sorted. Then what stands around it.
+    """
+    from ropewalk.gptq.plans import read_plans
+    from ropewalk.gptq.triton_align import align_kernel
+    from ropewalk.gptq.triton_experts import MAX_REGISTERS, combine_kernel, experts_kernel, gather_kernel
+
+    choices = (
+        (2, -1, False, "fp16", True),
+        (3, 128, True, "fp16", True),
+        (4, 32, True, "bf16", True),
+        (4, 128, False, "fp16", True),
+        (8, 128, True, "bf16", False),
+    )
+    for name, architectures in plan_files().items():
+        plans = read_plans(name)
+        assert plans is not None  # its name comes from the folder
+        for plan, choice in product(plans.plans, choices):
+            if plan.kernel != "dense" and plans.choose(plan.max_m or 1 << 30, choice[0]) is plan:
+                one = _matmul(name, plan, architectures, *choice)
+                few = plan.kernel == "decode" or (plan.max_m is not None and plan.max_m <= 8)
+                constants = {"DTYPE": None, "SPLIT_K": 1} | dict(one.constexprs)
+                numbers = dict.fromkeys(("A", "E", "sharing"), "i32")
+                yield replace(
+                    one,
+                    name=one.name.replace("/", "/experts-"),
+                    kernel=experts_kernel,
+                    maxnreg=MAX_REGISTERS,
+                    signature={**one.signature, "ids": "*i64:16", "slots": "*i32:16", "experts": "*i32:16", **numbers}
+                    | dict.fromkeys(("stride_words", "stride_scales"), "i32:16"),
+                    constexprs={**constants, "ALIGNED": not few, "DOT": plan.kernel == "matmul"},
+                )
+    for dtype in ("fp16", "bf16"):
+        pointer, row = _POINTERS[dtype], dict.fromkeys(("stride_x", "K", "N"), "i32:16")
+        shared = {"x": pointer, "out": pointer, "ids": "*i64:16", "order": "*i32:16", "A": "i32", "E": "i32", **row}
+        yield Variant(
+            name=f"experts-gather-{dtype}",
+            kernel=gather_kernel,
+            signature={**shared, "sharing": "i32"},
+            constexprs={"BLOCK": 1024},
+            role="reduce",
+        )
+        yield Variant(
+            name=f"experts-combine-{dtype}",
+            kernel=combine_kernel,
+            signature={**shared, "parts": "*fp32:16", "bias": "*fp16:16", "weights": pointer},
+            constexprs={"TOP_K": 2, "SPLIT_K": 2, "HAS_BIAS": True, "HAS_WEIGHTS": True, "BLOCK": 1024},
+            role="reduce",
+        )
+    for bins, block_m in ((16, 16), (256, 64)):
+        yield Variant(
+            name=f"experts-align-{bins}",
+            kernel=align_kernel,
+            signature={"ids": "*i64:16", "slots": "*i32:16", "experts": "*i32:16"}
+            | dict.fromkeys(("A", "E", "max_blocks"), "i32"),
+            constexprs={"BINS": bins, "BLOCK_M": block_m, "CHUNK": 1024},
+            role="reduce",
+        )
 
 
 def _dequantize(every: bool) -> Iterator[Variant]:
