@@ -56,7 +56,7 @@ def inspect(model: str | Path, *, rope: str = "auto") -> dict[str, Any]:
 
 def kernels() -> dict[str, str]:
     """Return which implementation serves a packed matmul and a rotary embedding on each device."""
-    return {"cpu": "torch", "cuda": "torch"}
+    return {"cpu": "torch", "cuda": "triton"}
 
 
 def _weights(checkpoint: Checkpoint, layers: list[str]) -> int:
