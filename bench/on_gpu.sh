@@ -63,7 +63,7 @@ if [ "$install" ]; then
     if [ "$wheels" ]; then
         for wheel in "$wheels"/*.whl "$wheels"/*.tar.gz; do
             [ -e "$wheel" ] || continue
-            "${pip[@]}" --find-links "$wheels" "$wheel" >>"$work/log" 2>&1 || echo "on_gpu.sh: not installed: $(basename "$wheel")"
+            "${pip[@]}" "$wheel" >>"$work/log" 2>&1 || echo "on_gpu.sh: not installed: $(basename "$wheel")"
         done
     fi
     if ! "${pip[@]}" -e . >>"$work/log" 2>&1; then
