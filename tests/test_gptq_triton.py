@@ -105,6 +105,7 @@ def test_every_number_of_tokens_by_the_plan_of_the_device(device, bits, tokens):
     y = packed_linear(x, *arguments, bits=bits, group_size=32)
     check(y, x, weight, None)
     assert torch.equal(y, packed_linear(x, *arguments, bits=bits, group_size=32))  # bit-equal from run to run
+    check(packed_linear(x.float(), *arguments, bits=bits, group_size=32), x.float(), weight, None)
 
 
 @pytest.mark.parametrize("bits", BITS)

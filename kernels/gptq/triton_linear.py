@@ -20,6 +20,7 @@ from ropewalk.gptq.triton_reduce import reduce_kernel
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _REDUCE_BLOCK = 512
+_DENSE = Plan(None, "dense")
 
 
 def packed_linear(
@@ -64,7 +65,11 @@ def packed_linear(
         rows = rows.contiguous()
     m = rows.shape[0]
     plans, multiprocessors = device_plans(x.device)
-    plan = plan or plans.choose(m, bits)
+    if plan is None:
+        plan = plans.choose(m, bits)
+        if x.dtype == torch.float32 and m > 8 and plan.kernel == "matmul":
+            # No tensor core multiplies float32, and twice as wide tiles ask for more shared memory than some have.
+            plan = _DENSE
     kept = columns // 2 if gate_up else columns
     if m == 0:
         return x.new_empty((*leading, kept))
