@@ -260,6 +260,12 @@ class TestOnGpu:
         check(y, x, weight, None)
         assert not torch.equal(y, eager)
 
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_another_gpu_than_the_current_one(self):
+        arguments, weight = layer("cuda:1", 4, 32, act_order=True, sym=False)
+        x = torch.randn(1, K, device="cuda:1", dtype=torch.float16)
+        check(torch.ops.ropewalk.packed_linear(x, *arguments, 4, 32), x, weight, None)
+
     def test_opcheck_gradient_and_compilation(self, device):
         arguments, weight = layer(device, 3, 64, act_order=True, sym=False)
         x = torch.randn(4, K, device=device, dtype=torch.float16, requires_grad=True)

@@ -110,7 +110,8 @@ def packed_linear(
     if x.is_cuda:
         from ropewalk.gptq import triton_linear
 
-        return triton_linear.packed_linear(x, words, scales, zeros, order, bias, bits=bits, group_size=group_size)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+            return triton_linear.packed_linear(x, words, scales, zeros, order, bias, bits=bits, group_size=group_size)
     weight = dense_weight(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
     return torch.nn.functional.linear(x, weight.t(), None if bias is None else bias.to(x.dtype))
 
@@ -154,9 +155,9 @@ def dense_weight(
     if like.is_cuda:
         from ropewalk.gptq.triton_dequantize import dequantize
 
-        return dequantize(
-            words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features, dtype=like.dtype
-        )
+        settings = {"bits": bits, "group_size": group_size, "in_features": in_features}
+        with torch.cuda.device_of(like):
+            return dequantize(words, scales, zeros, order, dtype=like.dtype, **settings)
     weight = reference.packed_weight(
         words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features
     )
@@ -181,9 +182,10 @@ def packed_gate_up(
     if x.is_cuda:
         from ropewalk.gptq import triton_linear
 
-        return triton_linear.packed_linear(
-            x, words, scales, zeros, order, bias, bits=bits, group_size=group_size, gate_up=True
-        )
+        with torch.cuda.device_of(x):
+            return triton_linear.packed_linear(
+                x, words, scales, zeros, order, bias, bits=bits, group_size=group_size, gate_up=True
+            )
     return reference.gated(packed_linear(x, words, scales, zeros, order, bias, bits, group_size))
 
 

@@ -58,9 +58,10 @@ def packed_experts(
     if x.is_cuda:
         from ropewalk.gptq import triton_grouped
 
-        return triton_grouped.packed_experts(
-            x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits=bits, group_size=group_size
-        )
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+            return triton_grouped.packed_experts(
+                x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits=bits, group_size=group_size
+            )
     weight_of = _weight_of(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
     y = plain.packed_experts(x, weight_of, bias, expert_ids, words.shape[2], words.shape[0])
     return y if routing_weights is None else plain.weighted_sum(y, expert_ids, routing_weights, words.shape[0])

@@ -66,11 +66,9 @@ class Plans:
 def user_folder() -> Path:
     """Return where `ropewalk tune` writes plans: $ROPEWALK_TUNED, or ropewalk/tuned in the user's configuration."""
     chosen = os.environ.get("ROPEWALK_TUNED")
-    return (
-        Path(chosen)
-        if chosen
-        else Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "ropewalk/tuned").expanduser()
-    )
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "ropewalk/tuned").expanduser()
 
 
 def read_plans(name: str) -> Plans | None:

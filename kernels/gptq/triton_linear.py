@@ -79,15 +79,15 @@ def packed_linear(
         )
         y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
         return (gated(y) if gate_up else y).reshape(*leading, kept)
-    if gate_up and plan.kernel == "decode":
-        # Without tensor cores the product is written out and gated by a second step, as where K is split.
-        split = max(split or 1, 2)
     if plan.gather and order is not None:
         rows, order = rows.index_select(1, order), None
     block_m = triton.next_power_of_2(m) if plan.kernel == "decode" else plan.block_m
     grid_n, grid_m = triton.cdiv(columns, plan.block_n), triton.cdiv(m, block_m)
     if split is None:
         split = split_k(grid_n * grid_m, in_features, bits, plans.programs_per_multiprocessor * multiprocessors)
+    if gate_up and plan.kernel == "decode":
+        # Without tensor cores the product is written out and gated by a second step, as where K is split.
+        split = max(split, 2)
     out = torch.empty(m, kept, dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, columns, dtype=torch.float32, device=x.device)
     low, high = bit_planes(words, bits)
