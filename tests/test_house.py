@@ -14,10 +14,11 @@ import ropewalk
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module may import from its own floor and those below; `errors` lies under them all.
-FLOORS = [("rope", "gptq"), ("loader",), ("patches",), ("bench",), ("face",)]
+FLOORS = [("rope", "gptq", "cpu"), ("loader",), ("patches",), ("bench",), ("face",)]
 FOLDERS = {
     "kernels/rope": "rope",
     "kernels/gptq": "gptq",
+    "kernels/cpu": "cpu",
     "loader": "loader",
     "patches": "patches",
     "bench": "bench",
@@ -42,7 +43,7 @@ def floor_of(module):
         return None
     if len(parts) == 1 or parts[1] == "errors" or parts[1] == "__version__":
         return None
-    return parts[1] if parts[1] in {"rope", "gptq", "loader", "patches", "bench"} else "face"
+    return parts[1] if parts[1] in {"rope", "gptq", "cpu", "loader", "patches", "bench"} else "face"
 
 
 def rank(floor):
@@ -60,7 +61,7 @@ def test_nothing_imports_upwards(folder):
             # The face may use everything; bench stands beside it and may too.
             if floor is not None and mine != "bench":
                 assert rank(floor) <= rank(mine), f"{path.relative_to(ROOT)} imports {module}"
-            if mine in ("rope", "gptq"):
+            if mine in ("rope", "gptq", "cpu"):
                 assert module.split(".")[0] in KERNELS_MAY_IMPORT, f"{path.relative_to(ROOT)} imports {module}"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,10 @@ def python(request, repository, tmp_path_factory):
         "strict": ["-e", ".", "--config-settings", "editable_mode=strict"],
     }[request.param]
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--ignore-installed"]
-    subprocess.run([*pip, "--no-deps", "--no-index", "--no-build-isolation", *how], cwd=repository, check=True)
+    environment = {**os.environ, "ROPEWALK_CPU_KERNELS": "0"}  # compiled by a test of its own, and faster
+    subprocess.run(
+        [*pip, "--no-deps", "--no-index", "--no-build-isolation", *how], cwd=repository, env=environment, check=True
+    )
     return interpreter
 
 
@@ -98,3 +102,33 @@ def test_the_command(python, repository):
     command = python.parent / "ropewalk"
     done = subprocess.run([command, "--version"], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout == out
+
+
+def test_a_wheel_holds_the_kernels_that_could_be_compiled(repository, tmp_path):
+    copy = tmp_path / "repository"
+    shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "*.cpp"))
+    (copy / "kernels/cpu/tiny.cpp").write_text("int tiny;\n")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    names = {}
+    # The second finds in build/ what the first left there.
+    for compiler in ("c++", "no-such-compiler"):
+        out = tmp_path / compiler
+        environment = {**os.environ, "CXX": compiler, "ROPEWALK_CPU_KERNELS": "1"}
+        subprocess.run([*pip, "-w", str(out), "."], cwd=copy, env=environment, check=True)
+        (wheel,) = out.iterdir()
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(out / "site")
+        names[compiler] = wheel.name
+        assert (out / "site/ropewalk/cpu/tiny.cpp").is_file()
+        assert list((out / "site/ropewalk/cpu").glob("*.h"))
+    assert names["no-such-compiler"].endswith("-py3-none-any.whl")
+    assert not (tmp_path / "no-such-compiler/site/ropewalk/cpu/prebuilt").exists()
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert names["c++"].endswith(f"-py3-none-{platform}.whl")
+    prebuilt = tmp_path / "c++/site/ropewalk/cpu/prebuilt"
+    assert sorted(path.name for path in prebuilt.iterdir()) == ["key.json", "ropewalk_cpu.so"]
+    code = "from ropewalk import cpu; print(cpu.load(), cpu.status()['library'], sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "c++/site"), "ROPEWALK_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["True", str(prebuilt / "ropewalk_cpu.so")]
+    assert not (tmp_path / "cache").exists()

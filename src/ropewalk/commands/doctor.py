@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ropewalk.errors import RopewalkError
 from ropewalk.terminal import Output
 
 REQUIRED = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "ninja")
@@ -17,14 +18,20 @@ OPTIONAL = ("matplotlib", "peft", "gptqmodel", "auto_gptq", "vllm", "fschat", "k
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no arguments."""
+    """Add the arguments."""
+    parser.add_argument("--build", action="store_true", help="build the kernels of the CPU now, if they are not yet")
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    """Print what was found."""
+    """Print what was found.
+
+    Raises:
+        RopewalkError: with --build, the kernels of the CPU cannot be had.
+    """
     import torch
 
     import ropewalk
+    from ropewalk import cpu as cpu_kernels
     from ropewalk.loader.inspect import kernels
     from ropewalk.patches import transformers
 
@@ -33,7 +40,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
         {"name": torch.cuda.get_device_name(i), "capability": "{}.{}".format(*torch.cuda.get_device_capability(i))}
         for i in range(torch.cuda.device_count())
     ]
-    compiler = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
+    seconds = _build() if args.build else None
+    built = {**cpu_kernels.status(), **({} if seconds is None else {"seconds": round(seconds, 1)})}
     cpu = {
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -47,8 +55,9 @@ def run(args: argparse.Namespace, out: Output) -> None:
         "packages": packages,
         "cpu": cpu,
         "gpus": devices,
-        "compiler": compiler,
+        "compiler": built["compiler"],
         "kernels": kernels(),
+        "cpu_kernels": built,
         "patches": [transformers.status()],
         "problems": problems,
     }
@@ -64,8 +73,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
             or "none that torch can use",
         )
     ]
-    rows += [("compiler", compiler or "none")]
+    rows += [("compiler", built["compiler"] or "none")]
     rows += [("kernels", ", ".join(f"{device}: {kernel}" for device, kernel in found["kernels"].items()))]
+    took = "" if seconds is None else f", built in {seconds:.1f} s" if seconds else ", built before"
+    rows += [("cpu kernels", ": ".join(filter(None, (built["state"], built["library"] or built["why"]))) + took)]
     rows += [
         (
             f"patch {status['package']}",
@@ -77,6 +88,17 @@ def run(args: argparse.Namespace, out: Output) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         out.say(f"{name.ljust(width)}  {text}")
+
+
+def _build() -> float:
+    """Build the kernels of the CPU unless they are there; return the seconds it took, 0 for nothing to do."""
+    from ropewalk import cpu
+
+    before = cpu.status()["state"]
+    start = time.perf_counter()
+    if not cpu.load(notice=False):
+        raise RopewalkError(f"no kernels for the CPU: {cpu.status()['why']}")
+    return 0.0 if before in ("built", "loaded") else time.perf_counter() - start
 
 
 def _version(name: str) -> str | None:
