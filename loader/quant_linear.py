@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import ropewalk.gptq.ops  # noqa: F401  registers ropewalk::gptq_linear
+from ropewalk import cpu
 from ropewalk.errors import FormatError
+from ropewalk.gptq import cpu_layout, cpu_ops
 from ropewalk.gptq.format import (
     FORMATS,
     check_values,
@@ -34,8 +36,9 @@ class QuantLinear(KeepsDtypes):
     `qweight`, `qzeros`, `scales`, `g_idx` and `bias` under the same names and shapes, `pack` and
     `post_init`. The buffers hold what the file holds, so `state_dict()` writes the checkpoint back
     bit for bit; what the kernels need besides is derived from them in `post_init`, or at the first call.
-    On a GPU that turns `qweight` into the execution layout of `ropewalk.gptq.layout`, in its place; saving,
-    loading and moving the module turn it back.
+    That turns `qweight`, in its place, into the execution layout of the device: on a GPU that of
+    `ropewalk.gptq.layout`; on the CPU, where our kernels are or can be built, that of
+    `ropewalk.gptq.cpu_layout`, and `scales` with it. Saving, loading and moving the module turn it back.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -46,6 +49,10 @@ class QuantLinear(KeepsDtypes):
             (one kernel serves all sizes, and the gradient with respect to the input is always there).
         weight_dtype: dtype of the scales and the bias; float16 in every published checkpoint.
         checkpoint_format: "gptq" (v1, zero points stored less one) or "gptq_v2".
+
+    Attributes:
+        cpu_mode: "exact" or "int8" (see `ropewalk.gptq.cpu_ops`); None for the default of the process. It can be
+            set at any time.
 
     Raises:
         FormatError: bits, group_size or sizes that the format cannot hold.
@@ -83,6 +90,7 @@ class QuantLinear(KeepsDtypes):
         self.group_size = infeatures if group_size == -1 else group_size
         self.maxq = (1 << bits) - 1
         self.checkpoint_format = checkpoint_format
+        self.cpu_mode: str | None = None
         self.register_buffer("bias", None)
         for name, (shape, dtype) in tensors.items():
             dtype = weight_dtype if dtype.is_floating_point else dtype
@@ -93,13 +101,14 @@ class QuantLinear(KeepsDtypes):
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
         self._ready = False
-        self._execution = False
+        self._layout = "checkpoint"  # of qweight: that, "gpu" or "cpu"
         self._zeros: Tensor | None = None
+        # Of the rows: in the checkpoint's layout the group of each, elsewhere where each is in the checkpoint.
         self._order: Tensor | None = None
 
     def post_init(self) -> None:
         """Derive from the buffers what the kernels want: zero points unless all are symmetric, the order of
-        rows unless it is sequential, and on a GPU the execution layout.
+        rows unless it is sequential, and the execution layout of the device.
 
         Raises:
             FormatError: a group number out of range, or scales that are not finite.
@@ -110,28 +119,55 @@ class QuantLinear(KeepsDtypes):
         if not is_symmetric(self.qzeros, self.bits, self.checkpoint_format):
             v1 = self.checkpoint_format == "gptq"
             zeros = zeros_v1_to_v2(self.qzeros, self.bits) if v1 else self.qzeros
-        if self._wants_execution():
-            self._zeros = None if zeros is None else unpack(zeros, self.bits, dim=1)
-            self._order = row_order(self.g_idx, self.group_size)
-            self.qweight = to_execution(self.qweight, self.bits, self._order)
-            self._execution = True
-        else:
+        self._default_mode = cpu_ops.default_mode()
+        layout = self._best_layout()
+        if layout == "checkpoint":
             self._zeros = zeros
             sequential = self.g_idx is None or is_sequential(self.g_idx, self.group_size)
             self._order = None if sequential else self.g_idx
+        else:
+            each = None if zeros is None else unpack(zeros, self.bits, dim=1)
+            order = row_order(self.g_idx, self.group_size)
+            if layout == "gpu":
+                self._zeros, self._order = each, order
+                self.qweight = to_execution(self.qweight, self.bits, order)
+            else:
+                self._order = cpu_layout.row_map(order, self.infeatures, self.group_size)
+                self._zeros = None if each is None else cpu_layout.tile_columns(each)
+                blocks = cpu_layout.block_count(self.infeatures, self.group_size)
+                self.qweight = torch.ops.ropewalk.cpu_repack(self.qweight, self._order, self.bits, blocks)
+                self._scales_dtype = self.scales.dtype
+                self.scales = cpu_layout.scales_for_tiles(self.scales)
+        self._layout = layout
         self._ready = True
 
-    def _wants_execution(self) -> bool:
-        fits = supports(self.group_size, self.infeatures) and has_even_groups(self.g_idx, self.group_size)
-        return fits and self._has_kernels()
+    def _best_layout(self) -> str:
+        """Return the layout that the kernels of this device want, or "checkpoint" where there are none."""
+        if not has_even_groups(self.g_idx, self.group_size):
+            return "checkpoint"
+        if self._has_gpu_kernels():
+            return "gpu" if supports(self.group_size, self.infeatures) else "checkpoint"
+        return "cpu" if self.qweight.device.type == "cpu" and cpu.load() else "checkpoint"
 
-    def _has_kernels(self) -> bool:
+    def _has_gpu_kernels(self) -> bool:
         return self.qweight.is_cuda
 
+    def _checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Return what the execution layout replaced, as the file holds it."""
+        if self._layout == "gpu":
+            return {"qweight": to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)}
+        if self._layout == "cpu":
+            qweight = torch.ops.ropewalk.cpu_unpack(
+                self.qweight, self._order, self.bits, self.infeatures, self.outfeatures
+            )
+            scales = cpu_layout.untile_columns(self.scales, self.outfeatures).to(self._scales_dtype)
+            return {"qweight": qweight, "scales": scales}
+        return {}
+
     def _leave_execution(self) -> None:
-        """Turn qweight back into what the file holds."""
-        if self._execution:
-            self.qweight = to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)
+        """Turn the buffers back into what the file holds."""
+        for name, tensor in self._checkpoint_tensors().items():
+            setattr(self, name, tensor)
         self._forget()
 
     def drop_g_idx(self) -> None:
@@ -143,7 +179,20 @@ class QuantLinear(KeepsDtypes):
         """Return [..., outfeatures] in x's dtype for x [..., infeatures]."""
         if not self._ready:
             self.post_init()
-        if self._execution:
+        if self._layout == "cpu":
+            return cpu_ops.linear(
+                x,
+                self.qweight,
+                self.scales,
+                self._zeros,
+                self._order,
+                self.bias,
+                self.bits,
+                self.group_size,
+                self.outfeatures,
+                self._default_mode == "exact" if self.cpu_mode is None else self.cpu_mode == "exact",
+            )
+        if self._layout == "gpu":
             return torch.ops.ropewalk.packed_linear(
                 x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size
             )
@@ -195,8 +244,8 @@ class QuantLinear(KeepsDtypes):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._execution:
-            destination[prefix + "qweight"] = to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)
+        for name, tensor in self._checkpoint_tensors().items():
+            destination[prefix + name] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         ready = self._ready

@@ -18,6 +18,9 @@ from ropewalk.gptq.rtn import quantize_rtn
 from ropewalk.loader.rotary import register_rope_types
 from ropewalk.shipped import FOLDER
 
+# The bounds of the tests are those of exact arithmetic; what int8 activations cost has tests of its own.
+os.environ.setdefault("ROPEWALK_CPU_MODE", "exact")
+
 # Whether Triton's interpreter runs the kernels of this process; that is settled when triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ropewalk import QuantLinear
-from ropewalk.errors import FormatError
+from ropewalk import QuantLinear, cpu
+from ropewalk.errors import FormatError, UsageError
 from ropewalk.gptq.format import BITS
 from ropewalk.gptq.rtn import quantize_rtn
 
@@ -167,45 +167,94 @@ def test_compiles_whole_once_it_is_ready():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.fixture(params=["gpu", "cpu"])
+def layout(request, monkeypatch):
+    """Have layers take an execution layout: that of a GPU here as well, as they do there."""
+    if request.param == "gpu":
+        monkeypatch.setattr(QuantLinear, "_has_gpu_kernels", lambda self: True)
+    elif not cpu.load():
+        pytest.skip(f"no kernels for the CPU: {cpu.status()['why']}")
+    return request.param
+
+
 @pytest.fixture
-def with_kernels(monkeypatch):
-    """Have layers take the execution layout where they are, as they do on a GPU."""
-    monkeypatch.setattr(QuantLinear, "_has_kernels", lambda self: True)
+def without_kernels(monkeypatch):
+    """Have layers keep the checkpoint's layout."""
+
+    def remove():
+        monkeypatch.setattr(QuantLinear, "_best_layout", lambda self: "checkpoint")
+
+    return remove
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_in_the_execution_layout_the_layer_stays_what_it_is(with_kernels, monkeypatch, bits, act_order):
+def test_in_an_execution_layout_the_layer_stays_what_it_is(layout, without_kernels, bits, act_order):
     module, packed, _ = filled(bits, sym=False, act_order=act_order, bias=True)
     x = torch.randn(3, K, requires_grad=True)
     y = module(x)
     y.sum().backward()
-    assert module._execution
+    assert module._layout == layout
     assert set(module.state_dict()) == set(packed)
     for name, tensor in module.state_dict().items():
+        assert tensor.dtype == packed[name].dtype
         assert torch.equal(tensor, packed[name])
     module.half()  # leaves the layout and takes it again
-    assert module._execution
+    assert module._layout == layout
     assert torch.equal(module(x), y)
     again = copy.deepcopy(module)
     other, others, _ = filled(bits, sym=False, act_order=not act_order, bias=True)
     again.load_state_dict(others)
     assert torch.equal(again(x), other(x))
-    monkeypatch.undo()
+    without_kernels()
     grad, x.grad = x.grad, None
     plain, *_ = filled(bits, sym=False, act_order=act_order, bias=True)
     plain(x).sum().backward()
-    assert not plain._execution
+    assert plain._layout == "checkpoint"
     torch.testing.assert_close(y, plain(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(grad, x.grad, rtol=0, atol=1e-5)
 
 
-def test_layers_that_the_execution_layout_cannot_hold_do_without(with_kernels):
+def test_layers_that_the_execution_layout_cannot_hold_do_without(layout):
     module, packed, _ = filled(4, 16)
     module(torch.randn(1, K))
-    assert not module._execution  # a plane of 32 rows would hold two groups
+    # On a GPU a plane of 32 rows would hold two groups.
+    assert module._layout == ("checkpoint" if layout == "gpu" else "cpu")
     module, packed, _ = filled(4, 32)
     packed["g_idx"][0] = 1 - packed["g_idx"][0].clamp(max=1)
     module.load_state_dict(packed)
     module(torch.randn(1, K))
-    assert not module._execution  # groups of 31 and 33 rows
+    assert module._layout == "checkpoint"  # groups of 31 and 33 rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scales_of_other_dtypes_come_back_from_the_cpu_layout(dtype):
+    if not cpu.load():
+        pytest.skip(f"no kernels for the CPU: {cpu.status()['why']}")
+    module, packed, _ = filled(4, 32)
+    module.scales = packed["scales"].to(dtype)
+    module(torch.randn(1, K))
+    assert module._layout == "cpu"
+    assert module.scales.dtype == torch.float32
+    assert torch.equal(module.state_dict()["scales"], packed["scales"].to(dtype))
+
+
+def test_the_mode_on_the_cpu_is_the_layers_or_the_processes(monkeypatch):
+    if not cpu.load():
+        pytest.skip(f"no kernels for the CPU: {cpu.status()['why']}")
+    module, *_ = filled(4, 32)
+    x = torch.randn(2, K)
+    exact = module(x)
+    module.cpu_mode = "int8"
+    rounded = module(x)
+    assert 0 < (exact - rounded).abs().max() < 0.02 * exact.abs().max()
+    module.cpu_mode = None
+    monkeypatch.setenv("ROPEWALK_CPU_MODE", "int8")
+    module.post_init()
+    assert torch.equal(module(x), rounded)
+    # A gradient is that of the exact product.
+    given = x.clone().requires_grad_()
+    assert torch.equal(module(given), exact)
+    monkeypatch.setenv("ROPEWALK_CPU_MODE", "int4")
+    with pytest.raises(UsageError, match="ROPEWALK_CPU_MODE: expected exact or int8, found 'int4'"):
+        module.post_init()

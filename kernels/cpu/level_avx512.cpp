@@ -1,0 +1,44 @@
+// AVX-512 without VNNI: Skylake-X.
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "packed.h"
+
+// From here on; the standard library's own functions above must run anywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+#include "simd_avx512.h"
+#include "tile.h"
+
+namespace ropewalk {
+const Kernels* avx512_kernels() {
+  const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has ? kernels_of<Avx512<false>>("avx512") : nullptr;
+}
+}  // namespace ropewalk
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+#include "packed.h"
+
+namespace ropewalk {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace ropewalk
+
+#endif

@@ -1,0 +1,8 @@
+// Any processor.
+
+#include "simd_portable.h"
+#include "tile.h"
+
+namespace ropewalk {
+const Kernels* portable_kernels() { return kernels_of<Portable>("portable"); }
+}  // namespace ropewalk
