@@ -1,4 +1,4 @@
-"""transformers' `apply_rotary_pos_emb`, computed on a GPU by one launch of our kernel.
+"""transformers' `apply_rotary_pos_emb`, computed by our kernels: one launch on a GPU, one pass in C++ on the CPU.
 
 Every family of transformers has that function in its modeling module, and calls it in each attention layer.
 `replace` puts ours in its place where the family's own does exactly the half-rotated rotation: that is
@@ -7,7 +7,9 @@ whatever else is different keep theirs. Ours differs in three things: q and k ar
 arithmetic is float32 with one rounding at the end; the results have q's dtype, whatever that of the tables is.
 Like the original it changes no input.
 
-On other devices, and for arguments that are not the usual ones, the family's own function computes.
+On the CPU that takes less than half the time of the family's own four lines for one token (11 against 24 to 28 us
+on a Zen 4), and a third to a twentieth of it for a prompt. Where the C++ kernels cannot be had, and where a compiler
+fuses those lines itself, they compute; so they do on other devices, and for arguments that are not the usual ones.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ropewalk.rope.ops import DTYPES, rope, rope_on_gpu
+from ropewalk import cpu
+from ropewalk.rope.ops import DTYPES, rope, rope_on_cpu, rope_on_gpu
 from ropewalk.rope.reference import rotate_by_tables
 
 NAME = "apply_rotary_pos_emb"
@@ -78,12 +82,12 @@ def is_replaced(module: str) -> bool:
 
 
 def expect_float32_tables(module: str) -> None:
-    """Let models of that module have float32 tables; a layer on another device than a GPU gets them cast."""
+    """Let models of that module have float32 tables; the family's own function gets them cast."""
     _float32_tables.add(module)
 
 
 def takes_float32_tables(module: str) -> bool:
-    """Return whether, on a GPU, the rotation reads float32 tables whatever the model's dtype is."""
+    """Return whether, where we have a kernel, the rotation reads float32 tables whatever the model's dtype is."""
     return module in _float32_tables and module in _originals
 
 
@@ -122,7 +126,7 @@ def _ours(original: Callable[..., tuple[Tensor, Tensor]], module: str) -> Callab
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        if not _on_gpu(q) or not _fits(q, k, cos, sin, unsqueeze_dim):
+        if not has_kernel(q) or not _fits(q, k, cos, sin, unsqueeze_dim):
             if cos.dtype != q.dtype and module in _float32_tables:
                 cos, sin = cos.to(q.dtype), sin.to(q.dtype)
             return original(q, k, cos, sin, unsqueeze_dim)
@@ -132,9 +136,12 @@ def _ours(original: Callable[..., tuple[Tensor, Tensor]], module: str) -> Callab
     return apply_rotary_pos_emb
 
 
-def _on_gpu(x: Tensor) -> bool:
-    # On the CPU the family's own four lines are as fast as the operator in plain torch.
-    return x.is_cuda
+def has_kernel(x: Tensor) -> bool:
+    """Return whether a kernel of ours rotates what is on x's device; the first call on the CPU loads it.
+
+    A rotation alone is not worth waiting for a compiler: that is for the packed layers of a model to ask for.
+    """
+    return x.is_cuda or (x.is_cpu and not torch.compiler.is_compiling() and cpu.load(build_it=False))
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -147,12 +154,14 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     if unsqueeze_dim == 2:
         turned = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # Without a gradient or a compiler to serve, a call of the operator would only add its dispatch, 40 layers
-    # of it for every token.
-    direct = q.is_cuda and not needs_grad and not torch.compiler.is_compiling()
-    found = (rope_on_gpu if direct else rope)(q, k, None, None, _by_pair(cos), _by_pair(sin))
-    return found[0], found[1]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        function: Any = rope
+    else:
+        # With neither of them to serve, a call of the operator would only add its dispatch, 40 layers of it for
+        # every token.
+        function = rope_on_gpu if q.is_cuda else rope_on_cpu if cpu.load(build_it=False) else rope
+    turned = function(q, k, None, None, _by_pair(cos), _by_pair(sin))
+    return turned[0], turned[1]
 
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
@@ -174,4 +183,5 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) ->
         and cos.is_floating_point()
         and sin.is_floating_point()
         and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+        and forward_ad._current_level < 0  # the kernels would drop a tangent
     )

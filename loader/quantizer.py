@@ -163,7 +163,7 @@ def replace_packed_layers(model: Any, tensors: dict[str, TensorEntry], settings:
 
 def install_rope(model: Any, decision: RopeDecision | None = None) -> None:
     """Give a loaded model its rotary embedding, and write it into the config; the rotation itself is then our
-    operator on a GPU, wherever the model's family does it half-rotated (see apply_rotary.py).
+    operator wherever the model's family does it half-rotated (see apply_rotary.py).
 
     Args:
         model: of transformers, loaded.

@@ -153,12 +153,12 @@ class RopewalkRotaryEmbedding(KeepsDtypes):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, each [batch, seq, dim], for position_ids [batch, seq].
 
-        They have x's dtype; on a GPU, where our own rotation reads them (see apply_rotary.py), float32.
+        They have x's dtype; where a kernel of ours reads them (see apply_rotary.py), float32.
         """
         inv_freq = self._inv_freq_for(position_ids).to(x.device)
         cos, sin = cos_sin(inv_freq, position_ids.to(x.device), self.attention_scaling)
         by_ours = self.modeling is not None and apply_rotary.takes_float32_tables(self.modeling)
-        dtype = torch.float32 if x.is_cuda and by_ours else x.dtype
+        dtype = torch.float32 if by_ours and apply_rotary.has_kernel(x) else x.dtype
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
     def _inv_freq_for(self, position_ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ropewalk import cpu
 from ropewalk.errors import UsageError
 from ropewalk.loader import apply_rotary
 from ropewalk.loader.quantizer import install_rope
@@ -67,14 +68,14 @@ def _as_it_was():
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    """Have the operator used on the CPU too; it then computes in plain torch."""
+    """Have the operator used even where the CPU has no kernel or a compiler is at work, and count the calls."""
     called = []
 
     def on_gpu(x):
         called.append(x.shape)
         return True
 
-    monkeypatch.setattr(apply_rotary, "_on_gpu", on_gpu)
+    monkeypatch.setattr(apply_rotary, "has_kernel", on_gpu)
     return called
 
 
@@ -175,7 +176,8 @@ def test_unusual_arguments_go_to_the_original(change, as_on_gpu, monkeypatch):
         assert torch.equal(f, e)
 
 
-def test_on_the_cpu_the_original_computes():
+def test_without_kernels_the_original_computes(monkeypatch):
+    monkeypatch.setattr(cpu, "load", lambda **_: False)
     original = modeling("llama").apply_rotary_pos_emb
     apply_rotary.replace(modeling("llama").__name__)
     ours = modeling("llama").apply_rotary_pos_emb
@@ -187,7 +189,7 @@ def test_on_the_cpu_the_original_computes():
 
 
 def test_float32_tables(as_on_gpu, monkeypatch):
-    """On a GPU the tables stay float32; a layer on the CPU gets them cast, as the family's own function needs."""
+    """For our kernels the tables stay float32; the family's own function gets them cast, as it needs them."""
     model = build("llama").to(torch.bfloat16)
     install_rope(model)
     module = model.model.rotary_emb
@@ -200,7 +202,7 @@ def test_float32_tables(as_on_gpu, monkeypatch):
     q, k, *_ = numbers(dtype=torch.bfloat16)
     wide = torch.randn(2, 2, 5, 16)
     for on_gpu in (True, False):
-        monkeypatch.setattr(apply_rotary, "_on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(apply_rotary, "has_kernel", lambda x, on_gpu=on_gpu: on_gpu)
         assert modeling("llama").apply_rotary_pos_emb(q, k, *wide)[0].dtype == torch.bfloat16
     apply_rotary.restore()
     assert not apply_rotary.takes_float32_tables(name)

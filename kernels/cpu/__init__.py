@@ -28,9 +28,10 @@ _lock = threading.Lock()
 # What became of the one attempt of this process.
 _library: Path | None = None
 _failure: build.BuildError | None = None
+_nothing_built = False  # when it was last looked for
 
 
-def load(*, notice: bool = True) -> bool:
+def load(*, notice: bool = True, build_it: bool = True) -> bool:
     """Load the operators, built first where no built library is found; return whether they are there.
 
     Only the first call does anything, and a build that failed is not tried again in this process: it says so
@@ -38,16 +39,20 @@ def load(*, notice: bool = True) -> bool:
 
     Args:
         notice: whether to warn; a caller that passes False tells the user itself what `status` says.
+        build_it: False for what is not worth waiting for a compiler; it gets the library that is there, if one is.
     """
-    global _library, _failure
+    global _library, _failure, _nothing_built
     if _off():
         return False
     if _library is not None:
         return True
+    if not build_it and _nothing_built:
+        return False
     with _lock:
         if _library is None and _failure is None:
             try:
-                _library = _find_or_build()
+                _library = _find_or_build(build_it)
+                _nothing_built = _library is None
             except build.BuildError as error:
                 _failure = error
                 if notice:
@@ -95,7 +100,7 @@ def _off() -> bool:
     return os.environ.get("ROPEWALK_CPU_KERNELS") == "0"
 
 
-def _find_or_build() -> Path:
+def _find_or_build(build_it: bool) -> Path | None:
     """Load the library built at install, the cache's, or a new one; return its path."""
     library = build.intact(_prebuilt(), build.key_of(build.SOURCES))
     if library and _refused(library) is None:
@@ -103,6 +108,8 @@ def _find_or_build() -> Path:
     library = build.cached(build.SOURCES)
     if library and _refused(library) is None:
         return library
+    if not build_it:
+        return None
     library = build.build(build.SOURCES, anew=library is not None)
     why = _refused(library)
     if why is not None:

@@ -1,7 +1,7 @@
 """The operators `ropewalk::rope`, `ropewalk::rope_` and `ropewalk::rope_and_cache_`.
 
-Each rotates queries and keys together; on a GPU in one launch of the kernel in triton_rope.py, elsewhere
-in plain torch. What they have in common:
+Each rotates queries and keys together: on a GPU in one launch of the kernel in triton_rope.py, on the CPU in one
+pass of cpu/rope.cpp where that has been compiled, elsewhere in plain torch. What they have in common:
 
     q: [batch, heads, seq, head_dim], float16, bfloat16 or float32, any strides.
     k: [batch, kv_heads, seq, head_dim], q's dtype, any strides.
@@ -19,16 +19,47 @@ through `rope` alone. Arguments that do not belong together raise RopeError.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
+from ropewalk import cpu
 from ropewalk.errors import RopeError
 from ropewalk.rope import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _unless_in_cpp(name: str, in_torch: str, mutates_args: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Have the first call on the CPU load the C++ kernel of operator `name`, which takes all later ones itself, where
+    it is built.
+
+    The function stays within reach of the kernel as an operator of its own, `in_torch`: it is given what C++ does
+    not take, which is float64, a cache of another dtype, and every mistake.
+    """
+
+    def decorate(function: Function) -> Function:
+        torch.library.define(in_torch, torch.library.infer_schema(function, mutates_args=mutates_args))
+        torch.library.impl(in_torch, "CPU")(function)
+
+        @functools.wraps(function)
+        def first(q: Tensor, *args: object, **kwargs: object) -> object:
+            if q.is_cpu and cpu.load(build_it=False):
+                return getattr(torch.ops.ropewalk, name)(q, *args, **kwargs)
+            return function(q, *args, **kwargs)
+
+        return cast("Function", first)
+
+    return decorate
+
 
 @torch.library.custom_op("ropewalk::rope", mutates_args=())
+@_unless_in_cpp("rope", "ropewalk::rope_in_torch")
 def rope(
     q: Tensor,
     k: Tensor,
@@ -71,7 +102,7 @@ def rope_on_gpu(
 
 
 @rope.register_fake
-def _(q: Tensor, k: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k)
 
 
@@ -87,8 +118,15 @@ def _backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
 
 rope.register_autograd(_backward, setup_context=_setup_context)
 
+# `rope` without its way through autograd, for callers on the CPU that need no gradient (see rope.cpp). It is
+# there once `ropewalk.cpu.load` has returned True.
+torch.library.define("ropewalk::rope_cpu", str(torch.ops.ropewalk.rope.default._schema).removeprefix("ropewalk::rope"))
+torch.library.register_fake("ropewalk::rope_cpu")(_fake)
+rope_on_cpu = torch.ops.ropewalk.rope_cpu.default
+
 
 @torch.library.custom_op("ropewalk::rope_", mutates_args=("q", "k"))
+@_unless_in_cpp("rope_", "ropewalk::rope_in_torch_", mutates_args=("q", "k"))
 def rope_(
     q: Tensor,
     k: Tensor,
@@ -132,6 +170,7 @@ def _(q: Tensor, k: Tensor, *_: object, **__: object) -> None:
 
 
 @torch.library.custom_op("ropewalk::rope_and_cache_", mutates_args=("q", "k", "k_cache", "v_cache"))
+@_unless_in_cpp("rope_and_cache_", "ropewalk::rope_and_cache_in_torch_", mutates_args=("q", "k", "k_cache", "v_cache"))
 def rope_and_cache_(
     q: Tensor,
     k: Tensor,
