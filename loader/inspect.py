@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ropewalk import cpu
 from ropewalk.gptq.format import is_symmetric
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.rope import decide_rope
@@ -56,7 +57,8 @@ def inspect(model: str | Path, *, rope: str = "auto") -> dict[str, Any]:
 
 def kernels() -> dict[str, str]:
     """Return which implementation serves a packed matmul and a rotary embedding on each device."""
-    return {"cpu": "torch", "cuda": "triton"}
+    compiled = cpu.status()["state"] in ("loaded", "built", "not built")
+    return {"cpu": "c++" if compiled else "torch", "cuda": "triton"}
 
 
 def _weights(checkpoint: Checkpoint, layers: list[str]) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ropewalk.errors import CheckpointError, MissingTensorsError, UsageError
+from ropewalk.gptq.cpu_ops import check_mode
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
+from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision, decide_rope
 
 log = logging.getLogger("ropewalk")
@@ -22,6 +24,7 @@ def load(
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
     lora: str | Path | None = None,
+    cpu_mode: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
@@ -35,6 +38,8 @@ def load(
         device_map: as transformers takes it; by default all on the GPU if there is one, else the CPU.
         dtype: of activations and of what is not packed; by default float32 on the CPU, float16 on a GPU.
         lora: a folder with a PEFT adapter to put on top.
+        cpu_mode: of packed layers on the CPU: "int8" rounds activations to 8 bits in blocks of 32, "exact" does not
+            (see `ropewalk.gptq.cpu_ops`); by default $ROPEWALK_CPU_MODE, or "int8".
         kwargs: passed on to transformers' `from_pretrained` (attn_implementation, max_memory, …).
 
     Returns:
@@ -46,6 +51,8 @@ def load(
         RopeError: an impossible rotary embedding.
         UsageError: an argument that is not understood.
     """
+    if cpu_mode is not None:
+        check_mode(cpu_mode, "cpu_mode")
     checkpoint = open_checkpoint(model)
     decision = decide_rope(checkpoint.config, rope)
     log.info("rope: %s, since %s", decision, decision.why)
@@ -54,6 +61,9 @@ def load(
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(checkpoint, decision, device_map=device_map, dtype=as_dtype(dtype, device_map), **kwargs)
+    for layer in loaded.modules():
+        if isinstance(layer, QuantLinear):
+            layer.cpu_mode = cpu_mode
     if lora is not None:
         from ropewalk.loader.lora import load_lora
 

@@ -48,8 +48,9 @@ struct Weight {
 struct Activations {
   int8_t* values;   // 32 for each block, row and part
   float* scales;    // one for each block and row
-  int32_t* sums;    // one for each block, row and part
+  int32_t* sums;    // one for each block, row and part: the sum of the values times -2^shift
   int parts;
+  int shift;        // bits - 1 where all zero points are 2^(bits - 1), else 0
   int64_t blocks;
 };
 

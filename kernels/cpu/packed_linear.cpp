@@ -133,7 +133,8 @@ void multiply(const Stack& stack, const std::vector<Segment>& segments, const In
   int64_t before = 0;
   for (const Segment& segment : segments) {
     const Activations a{values.data() + before * padded * parts, scales.data() + before * blocks,
-                        sums.data() + before * blocks * parts, parts, blocks};
+                        sums.data() + before * blocks * parts, parts,
+                        stack.first.zeros == nullptr ? stack.first.bits - 1 : 0, blocks};
     activations.push_back(a);
     for (int64_t start = 0; start < segment.rows;) {
       const int rows = level.strip(segment.rows - start, parts);

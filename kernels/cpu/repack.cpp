@@ -12,6 +12,11 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "packed.h"
 
 namespace ropewalk {
@@ -159,11 +164,23 @@ const int32_t* checked_rows(const std::optional<Tensor>& rows, int64_t blocks, i
   return data;
 }
 
+// Ask for large pages for memory that nothing has been written to yet: a token reads all weights once, and finds few
+// of their pages in the translation buffer. It is a request only; what fails is as it was.
+void ask_for_large_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + tensor.nbytes()) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor cpu_repack(const Tensor& qweight, const std::optional<Tensor>& rows, int64_t bits, int64_t blocks) {
   TORCH_CHECK(qweight.dim() == 2 && qweight.scalar_type() == at::kInt && qweight.is_contiguous(),
               "qweight: expected contiguous int32 of 2 dimensions, found ", qweight.scalar_type(), " ", qweight.sizes());
   const int64_t columns = qweight.size(1), tiles = (columns + kColumns - 1) / kColumns;
   Tensor words = at::empty({tiles, blocks, kBlock * bits}, qweight.options());
+  ask_for_large_pages(words);
   for_bits(bits, [&](auto b) {
     const int32_t* order = checked_rows(rows, blocks, qweight.size(0) * 32 / b);
     const auto* from = static_cast<const uint32_t*>(qweight.const_data_ptr());

@@ -24,6 +24,7 @@ struct Avx2 {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   template <int N>
   static Int shift_left(Int v) {

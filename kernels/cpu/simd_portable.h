@@ -29,6 +29,7 @@ struct Portable {
     return out;
   }
   static Int multiply(Int a, Int b) { return a * b; }
+  static Float multiply(Float a, Float b) { return a * b; }
   static Int add(Int a, Int b) { return a + b; }
   template <int N>
   static Int shift_left(Int v) {

@@ -17,14 +17,12 @@ using namespace ropewalk;
 // Whether a level has a kernel for strips of so many rows.
 template <class S>
 constexpr bool has_strip(int rows, int parts) {
-  if (rows == 1) return true;
-  const bool useful = rows != 6 || parts == 2;  // 6 rows of one part are as fast in two goes
-  return useful && rows * parts <= S::kRowParts;
+  return rows == 1 || (rows * parts <= S::kRowParts && (rows != 3 || parts == 3));
 }
 
 template <class S>
 int strip_of(int64_t rows, int parts) {
-  for (const int strip : {12, 8, 6, 4, 2}) {
+  for (const int strip : {8, 4, 3, 2}) {
     if (strip <= rows && has_strip<S>(strip, parts)) return strip;
   }
   return 1;
@@ -103,7 +101,7 @@ void quantize_row(const Input& in, const Activations& a, int64_t source, int64_t
         sum += low;
         whole[i] = (whole[i] - low) >> 8;
       }
-      sums[p] = sum;
+      sums[p] = -(sum << a.shift);
     }
     out += int64_t{strip} * parts * kBlock;
     scales += strip;
@@ -124,9 +122,12 @@ inline typename S::Int quad(const uint8_t* raw) {
   }
 }
 
+// Whatever is not inlined keeps its accumulators in memory.
+#define ROPEWALK_INLINE __attribute__((always_inline))
+
 template <int N, class F>
-inline __attribute__((always_inline)) void unrolled(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+inline ROPEWALK_INLINE void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) ROPEWALK_INLINE {
     (f(std::integral_constant<int, I>{}), ...);
   }(std::make_integer_sequence<int, N>{});
 }
@@ -146,8 +147,8 @@ void multiply_strip(const Weight& w, const Activations& a, int64_t start, int64_
     float* group = group_memory;
     float* total = out + column;
     Float group_register[R][V], total_register[R][V];
-    unrolled<R>([&](auto r) {
-      unrolled<V>([&](auto v) {
+    unrolled<R>([&](auto r) ROPEWALK_INLINE {
+      unrolled<V>([&](auto v) ROPEWALK_INLINE {
         if constexpr (kInRegisters) {
           total_register[r][v] = S::zero();
         } else {
@@ -159,93 +160,121 @@ void multiply_strip(const Weight& w, const Activations& a, int64_t start, int64_
     const int8_t* x = a.values + start * padded * P;
     const float* x_scales = a.scales + start * w.blocks;
     const int32_t* x_sums = a.sums + start * w.blocks * P;
+    const auto weight_scale = [&](int64_t at) ROPEWALK_INLINE {
+      return w.half_scales ? S::from_f16(static_cast<const uint16_t*>(w.scales) + at)
+                           : S::load_float(static_cast<const float*>(w.scales) + at);
+    };
+    const auto add_to_total = [&](auto r, auto v, Float sum, Float scale) ROPEWALK_INLINE {
+      if constexpr (kInRegisters) {
+        total_register[r][v] = S::fma(sum, scale, total_register[r][v]);
+      } else {
+        float* to = total + r * kColumns + v * L;
+        S::store(to, S::fma(sum, scale, S::load_float(to)));
+      }
+    };
+    // Groups of one block, which need not be summed up first. The results are the same.
+    const bool whole_groups = w.blocks_per_group == 1;
     int64_t block = 0;
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t index = (tile * w.groups + g) * kColumns + column;
-      unrolled<R>([&](auto r) {
-        unrolled<V>([&](auto v) {
-          if constexpr (kInRegisters) {
-            group_register[r][v] = S::zero();
-          } else {
-            S::store(group + r * kStep + v * L, S::zero());
-          }
+      if (!whole_groups) {
+        unrolled<R>([&](auto r) ROPEWALK_INLINE {
+          unrolled<V>([&](auto v) ROPEWALK_INLINE {
+            if constexpr (kInRegisters) {
+              group_register[r][v] = S::zero();
+            } else {
+              S::store(group + r * kStep + v * L, S::zero());
+            }
+          });
         });
-      });
+      }
       const int64_t end = block + w.blocks_per_group < w.blocks ? block + w.blocks_per_group : w.blocks;
       for (; block < end; ++block) {
-        for (int64_t line = 0; line < kStep * 4 * BITS; line += 64) S::prefetch(words + S::kAhead * BITS + line);
         Int sums[R][P][V];
         // The codes count from 0: what their zero point adds to the sum comes first.
         if (w.zeros == nullptr) {
-          unrolled<R>([&](auto r) {
-            unrolled<P>([&](auto p) {
-              const Int less = S::broadcast(-(x_sums[r * P + p] << (BITS - 1)));
-              unrolled<V>([&](auto v) { sums[r][p][v] = less; });
+          unrolled<R>([&](auto r) ROPEWALK_INLINE {
+            unrolled<P>([&](auto p) ROPEWALK_INLINE {
+              const Int less = S::broadcast(x_sums[r * P + p]);
+              unrolled<V>([&](auto v) ROPEWALK_INLINE { sums[r][p][v] = less; });
             });
           });
         } else {
-          unrolled<V>([&](auto v) {
+          unrolled<V>([&](auto v) ROPEWALK_INLINE {
             const Int zero = S::widen(w.zeros + index + v * L);
-            unrolled<R>([&](auto r) {
-              unrolled<P>([&](auto p) { sums[r][p][v] = S::multiply(zero, S::broadcast(-x_sums[r * P + p])); });
+            unrolled<R>([&](auto r) ROPEWALK_INLINE {
+              unrolled<P>([&](auto p) ROPEWALK_INLINE { sums[r][p][v] = S::multiply(zero, S::broadcast(x_sums[r * P + p])); });
             });
           });
         }
-        unrolled<kBlock / 4>([&](auto q) {
+        unrolled<kBlock / 4>([&](auto q) ROPEWALK_INLINE {
+          constexpr int kLines = kStep * 4 * BITS / 64;
+          for (int line = q * kLines / 8; line < (q + 1) * kLines / 8; ++line) {
+            S::prefetch(words + S::kAhead * BITS + line * 64);
+          }
           Int codes[V];
-          unrolled<V>([&](auto v) {
+          unrolled<V>([&](auto v) ROPEWALK_INLINE {
             constexpr int at = v * L;
             codes[v] = quad<S, BITS, q>(words + at / 16 * (64 * BITS) + at % 16 * 4);
           });
-          unrolled<R>([&](auto r) {
-            unrolled<P>([&](auto p) {
+          unrolled<R>([&](auto r) ROPEWALK_INLINE {
+            unrolled<P>([&](auto p) ROPEWALK_INLINE {
               int32_t four;
               std::memcpy(&four, x + (r * P + p) * kBlock + 4 * q, sizeof four);
               const Int xs = S::broadcast(four);
-              unrolled<V>([&](auto v) { sums[r][p][v] = S::template dot<BITS>(sums[r][p][v], codes[v], xs); });
+              unrolled<V>([&](auto v) ROPEWALK_INLINE { sums[r][p][v] = S::template dot<BITS>(sums[r][p][v], codes[v], xs); });
             });
           });
         });
-        unrolled<R>([&](auto r) {
-          const Float scale = S::broadcast(x_scales[r]);
-          unrolled<V>([&](auto v) {
-            Float sum;
-            if constexpr (P == 1) {
-              sum = S::to_float(sums[r][0][v]);
-            } else {
-              sum = S::to_float(S::add(S::template shift_left<8>(sums[r][0][v]), sums[r][1][v]));
-            }
-            if constexpr (P == 3) sum = S::fma(sum, S::broadcast(256.0f), S::to_float(sums[r][2][v]));
-            if constexpr (kInRegisters) {
-              group_register[r][v] = S::fma(sum, scale, group_register[r][v]);
-            } else {
-              float* at = group + r * kStep + v * L;
-              S::store(at, S::fma(sum, scale, S::load_float(at)));
-            }
+        const auto sum_of = [&](auto r, auto v) ROPEWALK_INLINE {
+          if constexpr (P == 1) {
+            return S::to_float(sums[r][0][v]);
+          } else {
+            const Float sum = S::to_float(S::add(S::template shift_left<8>(sums[r][0][v]), sums[r][1][v]));
+            if constexpr (P == 2) return sum;
+            return S::fma(sum, S::broadcast(256.0f), S::to_float(sums[r][P - 1][v]));
+          }
+        };
+        if (whole_groups) {
+          unrolled<V>([&](auto v) ROPEWALK_INLINE {
+            const Float scale = weight_scale(index + v * L);
+            unrolled<R>([&](auto r) ROPEWALK_INLINE {
+              add_to_total(r, v, S::multiply(sum_of(r, v), S::broadcast(x_scales[r])), scale);
+            });
           });
-        });
+        } else {
+          unrolled<R>([&](auto r) ROPEWALK_INLINE {
+            const Float scale = S::broadcast(x_scales[r]);
+            unrolled<V>([&](auto v) ROPEWALK_INLINE {
+              if constexpr (kInRegisters) {
+                group_register[r][v] = S::fma(sum_of(r, v), scale, group_register[r][v]);
+              } else {
+                float* at = group + r * kStep + v * L;
+                S::store(at, S::fma(sum_of(r, v), scale, S::load_float(at)));
+              }
+            });
+          });
+        }
         words += block_bytes(BITS);
         x += R * P * kBlock;
         x_scales += R;
         x_sums += R * P;
       }
-      unrolled<V>([&](auto v) {
-        const int64_t at = index + v * L;
-        const Float scale = w.half_scales ? S::from_f16(static_cast<const uint16_t*>(w.scales) + at)
-                                          : S::load_float(static_cast<const float*>(w.scales) + at);
-        unrolled<R>([&](auto r) {
+      if (whole_groups) continue;
+      unrolled<V>([&](auto v) ROPEWALK_INLINE {
+        const Float scale = weight_scale(index + v * L);
+        unrolled<R>([&](auto r) ROPEWALK_INLINE {
           if constexpr (kInRegisters) {
-            total_register[r][v] = S::fma(group_register[r][v], scale, total_register[r][v]);
+            add_to_total(r, v, group_register[r][v], scale);
           } else {
-            float* to = total + r * kColumns + v * L;
-            S::store(to, S::fma(S::load_float(group + r * kStep + v * L), scale, S::load_float(to)));
+            add_to_total(r, v, S::load_float(group + r * kStep + v * L), scale);
           }
         });
       });
     }
     if constexpr (kInRegisters) {
-      unrolled<R>([&](auto r) {
-        unrolled<V>([&](auto v) { S::store(total + r * kColumns + v * L, total_register[r][v]); });
+      unrolled<R>([&](auto r) ROPEWALK_INLINE {
+        unrolled<V>([&](auto v) ROPEWALK_INLINE { S::store(total + r * kColumns + v * L, total_register[r][v]); });
       });
     }
   }
@@ -295,10 +324,9 @@ void multiply_all(const Weight& w, const Activations& a, int64_t rows, int64_t t
   for (int64_t start = 0; start < rows;) {
     const int strip = strip_of<S>(rows - start, P);
     switch (strip) {
-      case 12: multiply_rows<S, BITS, P, 12>(w, a, start, tile, out); break;
       case 8: multiply_rows<S, BITS, P, 8>(w, a, start, tile, out); break;
-      case 6: multiply_rows<S, BITS, P, 6>(w, a, start, tile, out); break;
       case 4: multiply_rows<S, BITS, P, 4>(w, a, start, tile, out); break;
+      case 3: multiply_rows<S, BITS, P, 3>(w, a, start, tile, out); break;
       case 2: multiply_rows<S, BITS, P, 2>(w, a, start, tile, out); break;
       default: multiply_rows<S, BITS, P, 1>(w, a, start, tile, out); break;
     }

@@ -21,6 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations")
     parser.add_argument("--lora", metavar="DIR", help="a PEFT adapter to put on top")
+    add_cpu_mode(parser)
     add_threads(parser)
 
 
@@ -31,6 +32,15 @@ def add_rope(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="ROPE",
         help="auto, none, linear:2, ntk:2.5, dynamic:2, yarn:4, partial-ntk:factor=4,original=4096, … (default: auto)",
+    )
+
+
+def add_cpu_mode(parser: argparse.ArgumentParser) -> None:
+    """Add --cpu-mode."""
+    parser.add_argument(
+        "--cpu-mode",
+        choices=("exact", "int8"),
+        help="of packed layers on the CPU: int8 rounds activations, exact does not (default: $ROPEWALK_CPU_MODE or int8)",
     )
 
 
@@ -83,7 +93,12 @@ def load(args: argparse.Namespace, out: Output) -> tuple[Any, Any]:
     except RuntimeError:
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, found {args.device!r}") from None
     model, tokenizer = load_model(
-        resolve(args.model), rope=args.rope, device_map=device, dtype=args.dtype, lora=getattr(args, "lora", None)
+        resolve(args.model),
+        rope=args.rope,
+        device_map=device,
+        dtype=args.dtype,
+        lora=getattr(args, "lora", None),
+        cpu_mode=getattr(args, "cpu_mode", None),
     )
     if tokenizer is None:
         raise MissingFileError(args.model, "a tokenizer (tokenizer.json or tokenizer.model)", "none")
