@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <optional>
 #include <vector>
@@ -36,7 +37,10 @@ Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-void check(const Tensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
+// A tensor [E, ...] of a stack, or without E that of a layer.
+void check(const Tensor& tensor, const char* name, at::ScalarType dtype, const std::array<int64_t, 4>& dims, int count,
+           bool stacked) {
+  const at::IntArrayRef shape(dims.data() + !stacked, count - !stacked);
   TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", found ", tensor.scalar_type());
   TORCH_CHECK(tensor.sizes() == shape, name, ": expected shape ", shape, ", found ", tensor.sizes());
   TORCH_CHECK(tensor.is_contiguous(), name, ": expected contiguous, found strides ", tensor.strides());
@@ -61,11 +65,12 @@ struct Stack {
 
 Stack stack_of(const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
                const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
-               int64_t in_features, int64_t out_features) {
+               int64_t in_features, int64_t out_features, bool stacked) {
   TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, found ", bits);
   TORCH_CHECK(group_size == -1 || group_size > 0, "group_size: expected -1 or more than 0, found ", group_size);
-  TORCH_CHECK(words.dim() == 4, "words: expected 4 dimensions, found ", words.dim());
-  const int64_t experts = words.size(0), tiles = (out_features + kColumns - 1) / kColumns, blocks = words.size(2);
+  TORCH_CHECK(words.dim() == 3 + stacked, "words: expected ", 3 + stacked, " dimensions, found ", words.dim());
+  const int64_t experts = stacked ? words.size(0) : 1, blocks = words.size(1 + stacked);
+  const int64_t tiles = (out_features + kColumns - 1) / kColumns;
   const bool one_group = group_size == -1 || group_size >= in_features;
   const int64_t size = one_group ? in_features : group_size;
   const int64_t blocks_per_group = (size + kBlock - 1) / kBlock;
@@ -74,11 +79,11 @@ Stack stack_of(const Tensor& words, const Tensor& scales, const std::optional<Te
   const int64_t needed = groups == 0 ? 0 : (groups - 1) * blocks_per_group + (last + kBlock - 1) / kBlock;
   TORCH_CHECK(blocks == needed, "words: expected ", needed, " blocks for ", in_features, " rows in groups of ",
               group_size, ", found ", blocks);
-  check(words, "words", at::kInt, {experts, tiles, blocks, kBlock * bits});
+  check(words, "words", at::kInt, {experts, tiles, blocks, kBlock * bits}, 4, stacked);
   const bool half = scales.scalar_type() == at::kHalf;
-  check(scales, "scales", half ? at::kHalf : at::kFloat, {experts, tiles, groups, kColumns});
-  if (zeros) check(*zeros, "zeros", at::kByte, {experts, tiles, groups, kColumns});
-  if (rows) check(*rows, "rows", at::kInt, {experts, blocks * kBlock});
+  check(scales, "scales", half ? at::kHalf : at::kFloat, {experts, tiles, groups, kColumns}, 4, stacked);
+  if (zeros) check(*zeros, "zeros", at::kByte, {experts, tiles, groups, kColumns}, 4, stacked);
+  if (rows) check(*rows, "rows", at::kInt, {experts, blocks * kBlock}, 2, stacked);
   TORCH_CHECK(rows || blocks * kBlock == in_features, "rows: expected them where groups or K are not whole blocks");
   Stack stack{};
   stack.first = {static_cast<const uint8_t*>(words.const_data_ptr()),
@@ -196,24 +201,23 @@ Tensor cpu_linear(const Tensor& x, const Tensor& words, const Tensor& scales, co
                   int64_t group_size, int64_t out_features, bool exact) {
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, found none");
   const int64_t in_features = x.size(-1);
-  const auto as_stack = [](const std::optional<Tensor>& t) {
-    return t ? std::optional<Tensor>(t->unsqueeze(0)) : std::nullopt;
-  };
-  const Stack stack = stack_of(words.unsqueeze(0), scales.unsqueeze(0), as_stack(zeros), as_stack(rows), bias, bits,
-                               group_size, in_features, out_features);
+  const Stack stack =
+      stack_of(words, scales, zeros, rows, bias, bits, group_size, in_features, out_features, false);
   const Dtype dtype = dtype_of(x, "x");
-  std::vector<int64_t> shape = x.sizes().vec();
+  c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   Tensor y = at::empty(shape, x.options());
   const int64_t m = in_features == 0 ? 0 : x.numel() / in_features;
   if (m == 0 || y.numel() == 0) return in_features == 0 ? y.zero_() : y;
-  Tensor flat = x.reshape({m, in_features});
-  if (flat.stride(1) != 1) flat = flat.contiguous();
+  // One row needs no view of it.
+  Tensor flat = m == 1 ? x : x.reshape({m, in_features});
+  if (flat.stride(-1) != 1) flat = flat.contiguous();
+  const int64_t stride = m == 1 ? in_features : flat.stride(0);
   const int parts = parts_for(dtype, exact);
   const int64_t most = std::max<int64_t>(12, kMostValues / (stack.first.blocks * kBlock * parts) / 12 * 12);
   for (int64_t start = 0; start < m; start += most) {
-    const Input input{static_cast<const char*>(flat.const_data_ptr()) + start * flat.stride(0) * size_of(dtype), dtype,
-                      flat.stride(0), in_features, nullptr};
+    const Input input{static_cast<const char*>(flat.const_data_ptr()) + start * stride * size_of(dtype), dtype,
+                      stride, in_features, nullptr};
     const Output output{static_cast<char*>(y.mutable_data_ptr()) + start * out_features * size_of(dtype), dtype,
                         out_features, nullptr, nullptr};
     multiply(stack, {{0, std::min(most, m - start), nullptr, nullptr}}, input, output, parts);
@@ -235,7 +239,7 @@ Tensor cpu_experts(const Tensor& x, const Tensor& words, const Tensor& scales, c
                 ", found ", routing_weights->sizes());
   }
   const Stack stack =
-      stack_of(words, scales, zeros, rows, bias, bits, group_size, in_features, out_features);
+      stack_of(words, scales, zeros, rows, bias, bits, group_size, in_features, out_features, true);
   const Dtype dtype = dtype_of(x, "x");
   const Tensor given = x.contiguous();
   const Tensor ids = expert_ids.to(at::kLong).contiguous();

@@ -46,6 +46,10 @@ torch.library.define(
 )
 
 
+# Looking an operator up costs as much as calling it.
+_linear = torch.ops.ropewalk.cpu_linear.default
+
+
 def default_mode() -> str:
     """Return the mode of layers that name none: $ROPEWALK_CPU_MODE, or "int8".
 
@@ -99,7 +103,7 @@ def linear(
     if torch.is_grad_enabled() and x.requires_grad:
         return linear_with_grad(x, words, scales, zeros, rows, bias, bits, group_size, out_features)
     # This operator has no autograd kernel: one written in Python would cost a call more than a small layer does.
-    return torch.ops.ropewalk.cpu_linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, exact)
+    return _linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, exact)
 
 
 @torch.library.register_fake("ropewalk::cpu_linear")
@@ -120,7 +124,7 @@ def linear_with_grad(
     out_features: int,
 ) -> Tensor:
     """Compute `linear` exactly, and differentiably with respect to x."""
-    return torch.ops.ropewalk.cpu_linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, True)
+    return _linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, True)
 
 
 @linear_with_grad.register_fake
