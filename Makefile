@@ -4,6 +4,7 @@
 #   make test     install, and run the tests
 #   make lint     ruff and mypy
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
+#   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
 #   make dev      install for work on the code: links that type checkers and editors can follow
 #   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
 #   make clean    remove all of that
@@ -16,7 +17,7 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint oracle dev small-model clean
+.PHONY: demo test lint oracle bench-cpu dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -34,6 +35,17 @@ dev: $(VENV)/installed
 oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
 	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py
 
+# All that there is to compare with on a CPU, in one run each.
+BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
+BENCH_OUT := bench/results/cpu
+bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
+	mkdir -p $(BENCH_OUT)
+	$(BENCH) matmul --device cpu --shape cpu --m 1 4 32 512 --pack 4b-g128 4b-g32 4b-g128-act 4b-g32-act 3b-g128 \
+		--stop-after 900 --out $(BENCH_OUT)/matmul.json --plot $(BENCH_OUT)/matmul.png
+	$(BENCH) decode --device cpu --pack 4b-g128 4b-g32-act --models .cache/bench \
+		--out $(BENCH_OUT)/decode.json --plot $(BENCH_OUT)/decode.png
+	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.summary $(BENCH_OUT)
+
 small-model: $(VENV)-gptqmodel/installed
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.small_model .cache/small-model
 
@@ -49,6 +61,11 @@ $(VENV)-gptqmodel/environment: setup.py pyproject.toml constraints.txt
 
 $(VENV)/installed $(VENV)-gptqmodel/installed: %/installed: %/environment $(FOLDERS)
 	$*/bin/python $(INSTALL_LINKS)
+	touch $@
+
+# llama.cpp is compiled for this processor, which takes 5 to 10 minutes on two cores.
+$(VENV)-gptqmodel/llama-cpp: $(VENV)-gptqmodel/environment
+	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) llama-cpp-python==0.3.36 matplotlib
 	touch $@
 
 # AutoGPTQ's last release needs the packages of its time; of ours it sees only the files.

@@ -18,6 +18,7 @@ from ropewalk.bench.timing import Rotation, copies, measure
 
 # K x N of the layers of a model, those of attention first; the last is gate and up in one.
 PRESETS = {
+    "cpu": ["4096x4096", "5120x13824", "13824x5120", "8192x22016"],
     "llama-2-13b": ["5120x5120", "5120x13824", "13824x5120", "5120x27648"],
     "codellama-34b": ["8192x1024", "8192x8192", "8192x22016", "22016x8192", "8192x44032"],
     "mpt-30b": ["7168x7168", "7168x21504", "7168x28672", "28672x7168"],
@@ -48,6 +49,7 @@ class _Ready:
 
     dtype: torch.dtype
     nbytes: int
+    mode: str | None
     runs: list[Callable[[Tensor], Tensor]]
 
 
@@ -140,7 +142,7 @@ def _prepare(
         except Exception as error:
             report.fail(peer.name, error, **setting.keys())
             continue
-        ready[peer.name] = _Ready(own, nbytes, runs)
+        ready[peer.name] = _Ready(own, nbytes, peer.mode, runs)
     return ready
 
 
@@ -197,6 +199,7 @@ def _case(
                 "samples": timing.samples,
                 "copies": len(peer.runs),
                 "bound": bound,
+                "mode": peer.mode,
                 "note": "; ".join(filter(None, (getattr(peer.runs[0], "note", ""), rotations[name].note))),
             }
         )

@@ -145,8 +145,8 @@ def measure(
             begin = time.perf_counter()
             try:
                 first = samplers[name]()
-                # The others have just used the caches and the threads; a short first call would show that.
-                if first > turn:
+                # The others have just used the caches and the threads; a short first sample would show that.
+                if time.perf_counter() - begin > turn:
                     found[name].append(first)
                 while time.perf_counter() - begin < turn:
                     found[name].append(samplers[name]())

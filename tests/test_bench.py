@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ropewalk.cpu
 from ropewalk.bench import limits, matmul, report, rope, timing
 from ropewalk.bench.peers import OURS, choose, matmul_peers, rotary_peers
 from ropewalk.bench.peers.base import Peer
@@ -102,7 +104,11 @@ def test_matmul(capsys, tmp_path, device):
     assert found["limit"]["flops"] > 0
     rows = found["results"]
     # torch's int4 has neither 3 bits nor act-order.
-    assert len(rows) == 2 * (4 * 2 + 1)
+    others = [row for row in rows if not row["kernel"].startswith(OURS)]
+    assert len(others) == 2 * (4 + 1)
+    ours = {row["kernel"] for row in rows} - {"torch-bf16", "torch-int4"}
+    assert OURS in ours
+    assert len(rows) == len(others) + len(ours) * 2 * 4
     for row in rows:
         assert set(row) >= ROW
         assert "in_features" not in row
@@ -138,6 +144,42 @@ def test_rope(capsys, device):
         assert 0 < row["share_of_limit"] < 2
 
 
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_each_mode_of_ours_has_a_row(capsys, mode):
+    if not ropewalk.cpu.load():
+        pytest.skip("no kernels for the CPU here")
+    other = {"exact": "int8", "int8": "exact"}[mode]
+    arguments = ["bench", "matmul", "--device", "cpu", "--shape", "256x128", "512x64", "--m", 2, "--mode", mode]
+    arguments += ["--pack", "4b-g64", "3b-g32-act", "--seconds", 0.004, "--peers"]
+    status, text, err = run(capsys, *arguments, "--json")
+    assert status == 0, err
+    rows = json.loads(text)["results"]
+    packed = [(4, 64, False), (4, 64, False), (3, 32, True), (3, 32, True)]
+    assert [(row["bits"], row["group_size"], row["desc_act"]) for row in rows[::2]] == packed
+    assert [row["kernel"] for row in rows] == [OURS, f"{OURS}-{other}"] * 4
+    assert [row["mode"] for row in rows] == [mode, other] * 4
+    verdicts = {"exact": "ok", "int8": "approximate"}
+    assert [row["verdict"] for row in rows] == [verdicts[row["mode"]] for row in rows]
+
+
+def test_rounding_activations_to_int8_is_approximate_and_not_wrong():
+    """With a scale for each row, which is the worst there is, and as long as a row of any model gets."""
+    setting = matmul.Setting(22016, 256, 4, 128, False, True)
+
+    class Rounding(TorchLinear):
+        def prepare(self, weight, dtype):
+            right = super().prepare(weight, dtype)
+
+            def product(x):
+                scale = x.abs().amax(-1, keepdim=True) / 127
+                return right(torch.round(x / scale) * scale)
+
+            return product
+
+    for row in timed([Rounding("rounding", torch.float32)], setting, (1, 64)).results:
+        assert row["verdict"] == "approximate"
+
+
 def test_a_wrong_result_is_said_to_be_wrong_and_has_no_speed():
     found = timed([Ropewalk(), Wrong(), TorchLinear("right", torch.float32)])
     ours, wrong, right = found.results
@@ -156,7 +198,7 @@ def test_our_own_wrong_result_ends_in_exit_1(capsys, monkeypatch):
     assert status == 1
     assert json.loads(text)["results"][0]["verdict"] == "wrong"  # what was measured is there all the same
     assert len(err.splitlines()) == 1
-    assert "expected right results, found 1 wrong ones, the first at 128x64, 4 bits" in err
+    assert re.search("expected right results, found [12] wrong ones, the first at 128x64, 4 bits", err)
 
 
 @pytest.mark.parametrize("shape", [(3, 63), (3, 64)])
@@ -314,6 +356,8 @@ def test_peers():
         ["matmul", "--out", "/nowhere/out.json"],
         ["rope", "--plot", "/nowhere/out.png"],
         ["matmul", "--bits", "5"],
+        ["matmul", "--pack", "4b-g128-none"],
+        ["rope", "--device", "cpu", "--mode", "exact"],
         ["matmul", "--m", "0"],
         ["rope", "--shape", "mpt-30b"],
         ["rope", "--shape", "4x3x32"],

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from ropewalk import cpu
 from ropewalk.bench.peers.weight import random_weight
 from ropewalk.gptq import cpu_layout, cpu_ops
-from ropewalk.gptq.format import BITS, pack
+from ropewalk.gptq.format import BITS, dequantize, pack
 from ropewalk.gptq.layout import row_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +84,10 @@ def test_repacking_is_the_reference_and_comes_back(bits, k, n, group_size):
         assert torch.equal(torch.ops.ropewalk.cpu_unpack(words, rows, bits, k, n), w.qweight)
         assert torch.equal(cpu_layout.untile_columns(scales, n), w.scales)
         dense = torch.ops.ropewalk.cpu_dequantize(words, scales, zeros, rows, bits, group_size, k, n)
-        assert torch.equal(dense, w.dense())
+        qzeros, g_idx = w.qzeros_v2(), w.g_idx if w.act_order else None
+        expected = dequantize(w.qweight, w.scales, qzeros, g_idx, bits=bits, group_size=group_size)
+        assert torch.equal(dense, expected)
+        assert torch.equal(w.dense(), expected)
 
 
 def test_three_bits_cost_three_bits():

@@ -10,25 +10,32 @@ from typing import TypeVar
 
 import torch
 
-from ropewalk.bench.peers.base import Peer
+from ropewalk.bench.peers.base import Peer, Program
 from ropewalk.bench.peers.exllamav2 import ExLlamaV2
 from ropewalk.bench.peers.gptqmodel import GPTQModel
 from ropewalk.bench.peers.humming import Humming
 from ropewalk.bench.peers.llamacpp import LlamaCpp
-from ropewalk.bench.peers.ours import OURS, Ropewalk
+from ropewalk.bench.peers.ours import OURS, Ropewalk, modes
 from ropewalk.bench.peers.rotary import FlashAttn, FlatRotary, Liger, RopewalkInPlace, RotaryPeer, Transformers
 from ropewalk.bench.peers.rotary import Ropewalk as RopewalkRotary
 from ropewalk.bench.peers.torch_linear import TorchInt4, TorchLinear
 from ropewalk.bench.peers.triton_peers import Conch, GemLite
 from ropewalk.errors import UsageError
 
-AnyPeer = TypeVar("AnyPeer", Peer, RotaryPeer)
+AnyPeer = TypeVar("AnyPeer", bound="Program | RotaryPeer")
 
 
-def matmul_peers() -> list[Peer]:
-    """Return all that multiply, ours first."""
+def matmul_peers(device: torch.device | None = None, mode: str | None = None) -> list[Peer]:
+    """Return all that multiply, ours first: on a CPU in each of its modes.
+
+    Args:
+        mode: of our kernels for the CPU, as `ours.modes` takes it.
+    """
+    ours = [Ropewalk()]
+    if device is not None and device.type == "cpu":
+        ours = [Ropewalk(name, one, ("cpu",)) for name, one in modes(mode)]
     return [
-        Ropewalk(),
+        *ours,
         # In float32 a GPU takes as long for one product as for all the others.
         TorchLinear("torch-fp32", torch.float32, by_default=("cpu",)),
         TorchLinear("torch-bf16", torch.bfloat16),

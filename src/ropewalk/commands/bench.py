@@ -1,4 +1,4 @@
-"""`ropewalk bench rope|matmul`: our kernels against those of others that are installed here, in one run."""
+"""`ropewalk bench rope|matmul|decode`: ours against what else is installed here, in one run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ropewalk.commands.options import add_threads, choose_device, positive
 from ropewalk.terminal import Output
 
 if TYPE_CHECKING:
+    import torch
+
+    from ropewalk.bench.matmul import Setting
+    from ropewalk.bench.model import Packing
     from ropewalk.bench.report import Report, Row
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -21,14 +25,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("what", choices=("rope", "matmul"), help="which kernels")
+    parser.add_argument("what", choices=("rope", "matmul", "decode"), help="which kernels, or whole models")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     parser.add_argument(
         "--shape",
         nargs="+",
         metavar="SHAPE",
-        help="matmul: KxN (default: 4096x4096); rope: heads x heads of k x channels, as 40x40x128; "
-        "or a model: llama-2-13b, codellama-34b, mpt-30b, mixtral",
+        help="matmul: KxN (default: 4096x4096), cpu for four usual ones; rope: heads x heads of k x channels, as "
+        "40x40x128; either: a model, llama-2-13b, codellama-34b, mpt-30b, mixtral; decode: llama-1b (the default), "
+        "llama-2-7b, llama-2-13b, tiny or LAYERSxHIDDENxFFNxHEADSxKV",
     )
     parser.add_argument("--m", type=positive, nargs="+", default=[1, 4, 32, 512], metavar="M", help="rows, or tokens")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), nargs="+", default=[4], help="(default: 4)")
@@ -40,12 +45,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(yes, dest=dest, action="append_const", const=True, help=f"{what}, or with {no} both kinds")
         parser.add_argument(no, dest=dest, action="append_const", const=False, help=f"not {what}")
+    parser.add_argument(
+        "--pack",
+        nargs="+",
+        metavar="PACK",
+        help="exactly these instead of every combination of the four above: 4b-g128, 3b-g32-act, 8b-none-asym, …",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, else float16)")
+    parser.add_argument(
+        "--mode",
+        choices=("exact", "int8"),
+        help="of our kernels for the CPU in the row `ropewalk`; the other one has a row of its own",
+    )
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these besides ours (default: all found)")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each kernel in each case (default: 0.3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further case after so long")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N", help="decode: (default: 128)")
+    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="decode: after it (default: 64)")
+    parser.add_argument("--models", metavar="DIR", help="decode: where models are kept (default: the user's cache)")
     add_threads(parser)
-    parser.add_argument("--plot", metavar="FILE", help="draw time over M to a PNG")
+    parser.add_argument("--plot", metavar="FILE", help="draw to a PNG: time over M, or tokens a second")
     parser.add_argument("--out", metavar="FILE", help="write the JSON object to a file too")
 
 
@@ -54,7 +73,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     import torch
 
     from ropewalk.bench.limits import measure_limits
-    from ropewalk.bench.peers import OURS, choose, matmul_peers, rotary_peers
+    from ropewalk.bench.peers import OURS, choose
     from ropewalk.bench.report import Report, machine, machine_line
     from ropewalk.errors import RopewalkError, UsageError
 
@@ -66,46 +85,73 @@ def run(args: argparse.Namespace, out: Output) -> None:
         if file and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{option}: expected a folder to write to, found none for {file}")
     device = choose_device(args.device)
-    shapes = _shapes(args.what, args.shape)
+    if args.mode and (args.what == "rope" or device.type != "cpu"):
+        raise UsageError(f"--mode: expected it for matmul and decode on a CPU, found {args.what} on {device.type}")
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
+    work = _work(args, device, dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "seconds": args.seconds,
-        "deadline": begin + args.stop_after if args.stop_after else None,
-    }
-    rotary, missing = choose(rotary_peers(), args.peers if args.what == "rope" else [], device)
-    multiplying, absent = choose(matmul_peers(), args.peers if args.what == "matmul" else [], device)
-    settings = _settings(args, shapes) if args.what == "matmul" else []
+    peers, missing = choose(work.peers, args.peers, device)
     limits = measure_limits(device, min(args.seconds, 0.3))
     report = Report(device, limits, machine(device))
     out.say(machine_line(report.machine, limits))
-    missing = missing if args.what == "rope" else absent
     for name, why in missing.items():
         report.skip(name, why)
     if missing:
         out.say("not here: " + ", ".join(f"{name} ({why})" for name, why in missing.items()))
-
-    def on_case(rows: Sequence[Row], skipped: Sequence[Row]) -> None:
-        _say(out, rows, skipped, OURS)
-
     try:
-        if args.what == "matmul":
-            from ropewalk.bench.matmul import bench_matmul
-
-            bench_matmul(report, settings, args.m, peers=multiplying, on_case=on_case, **options)
-        else:
-            from ropewalk.bench.rope import Heads, bench_rope
-
-            bench_rope(report, [Heads(*shape) for shape in shapes], args.m, peers=rotary, on_case=on_case, **options)
+        work.run(
+            report,
+            peers=peers,
+            dtype=dtype,
+            seconds=args.seconds,
+            deadline=begin + args.stop_after if args.stop_after else None,
+            on_case=lambda rows, skipped: _say(out, rows, skipped, OURS),
+        )
     finally:
         # What was measured before an error or Ctrl-C is worth keeping.
         _write(args, out, report)
     fault = report.fault(OURS)
     if fault is not None:
         raise RopewalkError(fault)
+
+
+class _Work(NamedTuple):
+    """A benchmark: who may take part, and how it is run, given a report and the options that all have."""
+
+    peers: Sequence[Any]
+    run: Callable[..., None]
+
+
+def _work(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> _Work:
+    """Check what --shape and the options of packing say, and return the benchmark.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    from ropewalk.bench import decode, matmul, model, rope
+    from ropewalk.bench.peers import matmul_peers, rotary_peers
+    from ropewalk.bench.peers.decode import decode_peers
+
+    if args.what == "rope":
+        heads = [rope.Heads(*shape) for shape in _shapes("rope", args.shape)]
+        return _Work(rotary_peers(), lambda report, **options: rope.bench_rope(report, heads, args.m, **options))
+    packings = _packings(args)
+    if args.what == "matmul":
+        settings = _settings(packings, _shapes("matmul", args.shape))
+        peers = matmul_peers(device, args.mode)
+        return _Work(peers, lambda report, **options: matmul.bench_matmul(report, settings, args.m, **options))
+    names = list(dict.fromkeys(args.shape or ["llama-1b"]))
+    for name, packing in itertools.product(names, packings):
+        model.parse_shape(name, packing)
+    lengths = decode.Lengths(args.prompt_tokens, args.tokens)
+    root = Path(args.models) if args.models else model.model_cache()
+
+    def run(report: Report, **options: Any) -> None:
+        decode.bench_decode(report, names, packings, lengths, root=root, **options)
+
+    return _Work(decode_peers(dtype, device, args.mode), run)
 
 
 def _shapes(what: str, names: Sequence[str] | None) -> list[tuple[int, ...]]:
@@ -133,8 +179,28 @@ def _shapes(what: str, names: Sequence[str] | None) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _settings(args: argparse.Namespace, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Return every combination of the options.
+def _packings(args: argparse.Namespace) -> list[Packing]:
+    """Return those of --pack, or every combination of the options.
+
+    Raises:
+        UsageError: a name in --pack that says nothing.
+    """
+    from ropewalk.bench.model import Packing, parse_packing
+
+    if args.pack:
+        return list(dict.fromkeys(map(parse_packing, args.pack)))
+    orders, kinds = args.desc_act or [False], args.sym or [True]
+    found = [
+        Packing(bits, group_size, desc_act, sym)
+        for bits, group_size, desc_act, sym in itertools.product(args.bits, args.group_size, orders, kinds)
+        # One group has no order to it.
+        if not (desc_act and len(orders) > 1 and group_size == -1)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _settings(packings: Sequence[Packing], shapes: Sequence[tuple[int, ...]]) -> list[Setting]:
+    """Return each shape in each packing; shapes innermost, so that what there is time for has all of them.
 
     Raises:
         UsageError: one that the format cannot hold.
@@ -143,28 +209,26 @@ def _settings(args: argparse.Namespace, shapes: Sequence[tuple[int, ...]]) -> li
     from ropewalk.errors import FormatError, UsageError
     from ropewalk.gptq.format import expected_tensors
 
-    orders, kinds = args.desc_act or [False], args.sym or [True]
-    found = []
-    for bits, group_size, (k, n) in itertools.product(args.bits, args.group_size, shapes):
+    for packing, (k, n) in itertools.product(packings, shapes):
         try:
-            expected_tensors(k, n, bits, group_size)
+            expected_tensors(k, n, packing.bits, packing.group_size)
         except FormatError as error:
-            raise UsageError(f"--shape {k}x{n}, --bits {bits}, --group-size {group_size}: {error}") from None
-    # Shapes innermost, so that what there is time for has all of them.
-    for bits, group_size, desc_act, sym in itertools.product(args.bits, args.group_size, orders, kinds):
-        # One group has no order to it.
-        if not (desc_act and len(orders) > 1 and group_size == -1):
-            found += [Setting(k, n, bits, group_size, desc_act, sym) for k, n in shapes]
-    return list(dict.fromkeys(found))
+            option = f"--bits {packing.bits}, --group-size {packing.group_size}"
+            raise UsageError(f"--shape {k}x{n}, {option}: {error}") from None
+    return [Setting(k, n, *packing) for packing in packings for k, n in shapes]
 
 
 def _say(out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) -> None:
     """Print one case."""
-    from ropewalk.bench.report import case_name, rows_table
+    from ropewalk.bench.report import case_name, decode_lines, decode_table, rows_table
 
     if rows:
-        out.say(f"\n{case_name(rows[0])}, M={rows[0]['M']}")
-        out.say(rows_table(rows, ours))
+        decoded = "model" in rows[0]
+        out.say(f"\n{case_name(rows[0])}")
+        out.say((decode_table if decoded else rows_table)(rows, ours))
+        if decoded:
+            for line in decode_lines(rows, ours):
+                out.say(line)
     for row in rows:
         if row["note"]:
             out.say(f"{row['kernel']}: {row['note']}")
@@ -175,7 +239,7 @@ def _say(out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) ->
 def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
     """Write and print what there is."""
     from ropewalk.bench.peers import OURS
-    from ropewalk.bench.report import plot_rows
+    from ropewalk.bench.plots import plot_decode, plot_rows
 
     found = report.as_json()
     out.result(found)
@@ -183,6 +247,9 @@ def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
         out.note(f"results: {args.out}")
     if args.plot and report.results:
-        name = report.machine.get("gpu", {}).get("name") or report.machine["cpu"]
-        plot_rows(report.results, args.plot, title=f"{args.what}, {name}", ours=OURS)
+        name = (
+            report.machine.get("gpu", {}).get("name") or f"{report.machine['cpu']}, {report.machine['threads']} threads"
+        )
+        plot = plot_decode if args.what == "decode" else plot_rows
+        plot(report.results, args.plot, title=f"{args.what}, {name}", ours=OURS)
         out.note(f"plot: {args.plot}")

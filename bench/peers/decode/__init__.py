@@ -1,0 +1,34 @@
+"""Programs that decode with whole models: ours, and others where they are installed."""
+
+from __future__ import annotations
+
+import torch
+
+from ropewalk.bench.peers.decode.base import DecodePeer
+from ropewalk.bench.peers.decode.llamacpp import LlamaCpp
+from ropewalk.bench.peers.decode.models import Dense, GPTQModel, Ropewalk
+from ropewalk.bench.peers.ours import OURS, modes
+
+
+def decode_peers(dtype: torch.dtype, device: torch.device, mode: str | None = None) -> list[DecodePeer]:
+    """Return all that decode, ours first.
+
+    Args:
+        dtype: that ours is asked for; on a CPU it is timed in bfloat16 besides.
+        mode: of our kernels for the CPU, as `ours.modes` takes it.
+    """
+    ours: list[DecodePeer] = [Ropewalk()]
+    if device.type == "cpu":
+        named = modes(mode)
+        ours = [Ropewalk(name, one, devices=("cpu",)) for name, one in named]
+        if dtype != torch.bfloat16:
+            ours.append(Ropewalk(f"{OURS}-bf16", named[0][1], torch.bfloat16, ("cpu",)))
+    return [
+        *ours,
+        Dense("torch-fp32", torch.float32, by_default=("cpu",)),
+        Dense("torch-bf16", torch.bfloat16),
+        Dense("torch-fp16", torch.float16, by_default=("cuda",)),
+        LlamaCpp(),
+        LlamaCpp("llama.cpp-q8", "Q8_0"),
+        GPTQModel(),
+    ]
