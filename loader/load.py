@@ -11,6 +11,7 @@ import torch
 from ropewalk.errors import CheckpointError, MissingTensorsError, UsageError
 from ropewalk.gptq.cpu_ops import check_mode
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
+from ropewalk.loader.half_linear import keep_half
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision, decide_rope
 
@@ -61,6 +62,8 @@ def load(
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(checkpoint, decision, device_map=device_map, dtype=as_dtype(dtype, device_map), **kwargs)
+    if checkpoint.quantize_config is not None:
+        keep_half(loaded, checkpoint)
     for layer in loaded.modules():
         if isinstance(layer, QuantLinear):
             layer.cpu_mode = cpu_mode

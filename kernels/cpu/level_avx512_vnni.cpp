@@ -19,7 +19,7 @@
 #endif
 
 #include "simd_avx512.h"
-#include "tile.h"
+#include "kernels_of.h"
 
 namespace ropewalk {
 const Kernels* avx512_vnni_kernels() {

@@ -1,7 +1,7 @@
 // Any processor.
 
 #include "simd_portable.h"
-#include "tile.h"
+#include "kernels_of.h"
 
 namespace ropewalk {
 const Kernels* portable_kernels() { return kernels_of<Portable>("portable"); }

@@ -70,6 +70,13 @@ struct Output {
   const float* bias;       // [N] or null
 };
 
+// A matrix [columns][in_features] in float16 or bfloat16.
+struct DenseWeight {
+  const void* weight;
+  bool bf16;
+  int64_t columns, in_features;
+};
+
 // What one processor level offers.
 struct Kernels {
   const char* name;
@@ -80,6 +87,8 @@ struct Kernels {
   void (*quantize)(const Input&, const Activations&, int64_t source, int64_t start, int strip, int r, float* scratch);
   // Multiply `rows` rows of activations with a tile.
   void (*multiply)(const Weight&, const Activations&, int64_t rows, int64_t tile, const Output&);
+  // Multiply `rows` rows x [rows][K] with columns `begin` to `end` of a matrix, into y [rows][N].
+  void (*dense)(const DenseWeight&, const float* x, int64_t rows, float* y, int64_t begin, int64_t end);
 };
 
 // The levels that were compiled, best first; null where the processor lacks one.

@@ -76,6 +76,14 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) out[i] = from_f16(p[i]);
     return out;
   }
+  static Float from_bf16(const uint16_t* p) {
+    Float out;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t bits = uint32_t{p[i]} << 16;
+      out[i] = copy<float>(&bits);
+    }
+    return out;
+  }
 
   // To nearest, ties to even.
   static uint16_t to_f16(float value) {

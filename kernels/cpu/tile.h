@@ -353,10 +353,4 @@ void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t tile,
   }
 }
 
-template <class S>
-const Kernels* kernels_of(const char* name) {
-  static const Kernels kernels{name, strip_of<S>, quantize_row<S>, multiply<S>};
-  return &kernels;
-}
-
 }  // namespace

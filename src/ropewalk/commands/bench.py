@@ -1,4 +1,7 @@
-"""`ropewalk bench rope|matmul|decode`: ours against what else is installed here, in one run."""
+"""`ropewalk bench rope|matmul|decode`: ours against what else is installed here, in one run.
+
+`ropewalk bench modes`: what our modes on a CPU cost in quality.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ropewalk.commands.options import add_threads, choose_device, positive
+from ropewalk.commands.options import add_threads, choose_device, load, positive, read_text, rope_of
 from ropewalk.terminal import Output
 
 if TYPE_CHECKING:
@@ -25,7 +28,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("what", choices=("rope", "matmul", "decode"), help="which kernels, or whole models")
+    parser.add_argument(
+        "what",
+        choices=("rope", "matmul", "decode", "modes"),
+        help="which kernels, or whole models: their speed, or what exact and int8 on a CPU cost in perplexity",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     parser.add_argument(
         "--shape",
@@ -61,8 +68,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="for each kernel in each case (default: 0.3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further case after so long")
     parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N", help="decode: (default: 128)")
-    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="decode: after it (default: 64)")
+    parser.add_argument(
+        "--tokens", type=positive, metavar="N", help="decode: after it (default: 64); modes: of the text (default: all)"
+    )
     parser.add_argument("--models", metavar="DIR", help="decode: where models are kept (default: the user's cache)")
+    parser.add_argument("--model", default="demo", metavar="DIR", help="modes: (default: demo, the one that ships)")
+    parser.add_argument(
+        "--context", type=positive, nargs="+", default=[256, 1024], metavar="N", help="modes: (default: 256 1024)"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="modes: what to read; - is stdin (default: demo's held-out text)"
+    )
     add_threads(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw to a PNG: time over M, or tokens a second")
     parser.add_argument("--out", metavar="FILE", help="write the JSON object to a file too")
@@ -85,8 +101,11 @@ def run(args: argparse.Namespace, out: Output) -> None:
         if file and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{option}: expected a folder to write to, found none for {file}")
     device = choose_device(args.device)
-    if args.mode and (args.what == "rope" or device.type != "cpu"):
+    if args.mode and (args.what in ("rope", "modes") or device.type != "cpu"):
         raise UsageError(f"--mode: expected it for matmul and decode on a CPU, found {args.what} on {device.type}")
+    if args.what == "modes":
+        _modes(args, out)
+        return
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
     work = _work(args, device, dtype)
     if args.threads:
@@ -145,7 +164,7 @@ def _work(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     names = list(dict.fromkeys(args.shape or ["llama-1b"]))
     for name, packing in itertools.product(names, packings):
         model.parse_shape(name, packing)
-    lengths = decode.Lengths(args.prompt_tokens, args.tokens)
+    lengths = decode.Lengths(args.prompt_tokens, args.tokens or 64)
     root = Path(args.models) if args.models else model.model_cache()
 
     def run(report: Report, **options: Any) -> None:
@@ -216,6 +235,50 @@ def _settings(packings: Sequence[Packing], shapes: Sequence[tuple[int, ...]]) ->
             option = f"--bits {packing.bits}, --group-size {packing.group_size}"
             raise UsageError(f"--shape {k}x{n}, {option}: {error}") from None
     return [Setting(k, n, *packing) for packing in packings for k, n in shapes]
+
+
+def _modes(args: argparse.Namespace, out: Output) -> None:
+    """Print what each mode of packed layers on the CPU costs.
+
+    Raises:
+        UsageError: options of the other benchmarks that would seem to be heeded.
+        ContextLengthError: a text shorter than a context.
+    """
+    import torch
+
+    from ropewalk.bench.modes import WINDOW, bench_modes, modes_table
+    from ropewalk.bench.perplexity import windows
+    from ropewalk.bench.report import machine
+    from ropewalk.errors import ContextLengthError, UsageError
+    from ropewalk.generation import context_length
+    from ropewalk.shipped import held_out_text
+
+    for option, found, expected in (("--device", args.device, "cpu"), ("--dtype", args.dtype, "float32")):
+        if found not in (None, expected):
+            raise UsageError(f"{option}: expected {expected} for modes, found {found}")
+    if args.plot:
+        raise UsageError("--plot: expected it for rope, matmul and decode, found modes")
+    args.rope, args.device, args.dtype = "auto", "cpu", "float32"
+    text = held_out_text() if args.text is None else read_text(args.text, "--text")
+    contexts = sorted(set(args.context))
+    model, tokenizer = load(args, out)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: args.tokens]
+    if contexts[-1] > context_length(model):
+        out.note(f"note: {contexts[-1]} tokens are more than the {context_length(model)} that the config names")
+    if len(ids) < contexts[-1]:
+        raise ContextLengthError(f"--text: expected at least {contexts[-1]} tokens, found {len(ids)}")
+    # Every length reads the same tokens: as many as fill the longest windows.
+    ids = ids[: len(ids) // contexts[-1] * contexts[-1]]
+    with out.bar(3 * sum(len(windows(len(ids), n)) * n for n in contexts), "perplexity") as bar:
+        rows = bench_modes(model, ids, contexts, bar.update)
+    out.say(f"{len(ids):,} tokens in disjoint windows, logits of the first {min(WINDOW, len(ids))}")
+    out.say(modes_table(rows))
+    result = {"machine": machine(model.device), "model": args.model, "rope": rope_of(model), "tokens": len(ids)}
+    result["results"] = rows
+    out.result(result)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        out.note(f"results: {args.out}")
 
 
 def _say(out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) -> None:

@@ -40,7 +40,7 @@ def add_cpu_mode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpu-mode",
         choices=("exact", "int8"),
-        help="of packed layers on the CPU: int8 rounds activations, exact does not (default: $ROPEWALK_CPU_MODE or int8)",
+        help="packed layers on the CPU: int8 rounds activations, exact does not (default: $ROPEWALK_CPU_MODE or int8)",
     )
 
 
