@@ -3,6 +3,7 @@
 #   make demo     install, and run the main job on the model that ships with the package
 #   make test     install, and run the tests
 #   make lint     ruff and mypy
+#   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 10 min.)
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
 #   make dev      install for work on the code: links that type checkers and editors can follow
@@ -17,7 +18,7 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint oracle bench-cpu dev small-model clean
+.PHONY: demo test lint sanitize oracle bench-cpu dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -31,6 +32,21 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 dev: $(VENV)/installed
+
+# Without null, vptr and object-size, and with calls for ASan's checks, or the unrolled kernels compile for many minutes.
+# The library is built before libasan is in the process, and so in the compiler's. Python links neither libasan nor
+# libstdc++, whose exceptions ASan wants to see; it leaks on purpose.
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined,float-cast-overflow \
+	-fno-sanitize=null,vptr,object-size -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0
+SANITIZED := tests/test_cpu_kernels.py tests/test_half_linear.py tests/test_rope_cpu.py
+sanitize: export ROPEWALK_CPU_CFLAGS = $(SANITIZE)
+sanitize: export ROPEWALK_CACHE = $(abspath .cache/sanitize)
+sanitize: export CXX = g++
+sanitize: $(VENV)/installed
+	$(VENV)/bin/python -c "from ropewalk.cpu import build; build.build(build.SOURCES)"
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(VENV)/bin/python -m pytest -p no:cacheprovider $(SANITIZED)
 
 oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
 	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py

@@ -15,6 +15,7 @@ from ropewalk.bench.report import largest_error
 from ropewalk.errors import MissingPackageError
 from ropewalk.gptq.cpu_ops import MODES
 from ropewalk.gptq.format import dequantize, zeros_v1_to_v2
+from ropewalk.loader.half_linear import HalfLinear
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.terminal import table
 
@@ -42,7 +43,7 @@ def bench_modes(
 ) -> list[Quality]:
     """Return the quality of the reference and of each mode.
 
-    All of them read the same tokens, and differ in nothing but packed layers.
+    All of them read the same tokens and rotate alike; the reference is torch's in every linear layer.
 
     Args:
         model: a causal language model as `ropewalk.load` returns it, on the CPU in float32. Afterwards its layers are
@@ -82,23 +83,25 @@ def bench_modes(
 
 
 def unpack(model: nn.Module) -> None:
-    """Put torch's linear layers with the same weights in float32 in place of packed ones."""
+    """Put torch's linear layers with the same weights in float32 in place of packed ones and those of 16 bits."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLinear):
-            model.set_submodule(name, _plain(layer))
+        if isinstance(layer, (QuantLinear, HalfLinear)):
+            weight = _dense(layer) if isinstance(layer, QuantLinear) else layer.weight.detach()
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+            model.set_submodule(name, plain)
 
 
-def _plain(layer: QuantLinear) -> nn.Linear:
+def _dense(layer: QuantLinear) -> Tensor:
+    """Return [N, K] from what the file holds."""
     file = layer.state_dict()
     zeros = file["qzeros"] if layer.checkpoint_format == "gptq_v2" else zeros_v1_to_v2(file["qzeros"], layer.bits)
     dense = dequantize(
         file["qweight"], file["scales"], zeros, file.get("g_idx"), bits=layer.bits, group_size=layer.group_size
     )
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(dense.t().contiguous(), requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
-    return plain
+    return dense.t().contiguous()
 
 
 def modes_table(rows: Sequence[Quality]) -> str:

@@ -13,7 +13,8 @@
 
 // From here on; the standard library's own functions above must run anywhere.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), \
+                             apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC target("avx2,fma,f16c")
 #endif
@@ -23,8 +24,8 @@
 
 namespace ropewalk {
 const Kernels* avx2_kernels() {
-  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("f16c");
+  // Whatever has both has F16C.
+  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return has ? kernels_of<Avx2<false>>("avx2") : nullptr;
 }
 }  // namespace ropewalk

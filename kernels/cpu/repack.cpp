@@ -177,7 +177,8 @@ void ask_for_large_pages(const Tensor& tensor) {
 
 Tensor cpu_repack(const Tensor& qweight, const std::optional<Tensor>& rows, int64_t bits, int64_t blocks) {
   TORCH_CHECK(qweight.dim() == 2 && qweight.scalar_type() == at::kInt && qweight.is_contiguous(),
-              "qweight: expected contiguous int32 of 2 dimensions, found ", qweight.scalar_type(), " ", qweight.sizes());
+              "qweight: expected contiguous int32 of 2 dimensions, found ", qweight.scalar_type(), " ",
+              qweight.sizes());
   const int64_t columns = qweight.size(1), tiles = (columns + kColumns - 1) / kColumns;
   Tensor words = at::empty({tiles, blocks, kBlock * bits}, qweight.options());
   ask_for_large_pages(words);
@@ -230,7 +231,8 @@ Tensor cpu_dequantize(const Tensor& words, const Tensor& scales, const std::opti
   const int64_t groups = (blocks + blocks_per_group - 1) / blocks_per_group;
   TORCH_CHECK(scales.is_floating_point() && scales.sizes() == at::IntArrayRef({tiles, groups, kColumns}),
               "scales: expected [", tiles, ", ", groups, ", 32], found ", scales.sizes());
-  TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->is_contiguous() && zeros->sizes() == scales.sizes()),
+  TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->is_contiguous() &&
+                         zeros->sizes() == scales.sizes()),
               "zeros: expected contiguous uint8 like scales");
   const Tensor floats = scales.to(at::kFloat).contiguous();
   Tensor weight = at::empty({in_features, out_features}, floats.options());

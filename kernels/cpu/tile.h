@@ -203,7 +203,9 @@ void multiply_strip(const Weight& w, const Activations& a, int64_t start, int64_
           unrolled<V>([&](auto v) ROPEWALK_INLINE {
             const Int zero = S::widen(w.zeros + index + v * L);
             unrolled<R>([&](auto r) ROPEWALK_INLINE {
-              unrolled<P>([&](auto p) ROPEWALK_INLINE { sums[r][p][v] = S::multiply(zero, S::broadcast(x_sums[r * P + p])); });
+              unrolled<P>([&](auto p) ROPEWALK_INLINE {
+                sums[r][p][v] = S::multiply(zero, S::broadcast(x_sums[r * P + p]));
+              });
             });
           });
         }
@@ -222,7 +224,9 @@ void multiply_strip(const Weight& w, const Activations& a, int64_t start, int64_
               int32_t four;
               std::memcpy(&four, x + (r * P + p) * kBlock + 4 * q, sizeof four);
               const Int xs = S::broadcast(four);
-              unrolled<V>([&](auto v) ROPEWALK_INLINE { sums[r][p][v] = S::template dot<BITS>(sums[r][p][v], codes[v], xs); });
+              unrolled<V>([&](auto v) ROPEWALK_INLINE {
+                sums[r][p][v] = S::template dot<BITS>(sums[r][p][v], codes[v], xs);
+              });
             });
           });
         });
