@@ -3,7 +3,7 @@
 #   make demo     install, and run the main job on the model that ships with the package
 #   make test     install, and run the tests
 #   make lint     ruff and mypy
-#   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 10 min.)
+#   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
 #   make dev      install for work on the code: links that type checkers and editors can follow
