@@ -8,7 +8,7 @@ arithmetic is float32 with one rounding at the end; the results have q's dtype, 
 Like the original it changes no input.
 
 On the CPU that takes less than half the time of the family's own four lines for one token (11 against 24 to 28 us
-on a Zen 4), and a third to a twentieth of it for a prompt. Where the C++ kernels cannot be had, and where a compiler
+on a Zen 5), and a third to a twentieth of it for a prompt. Where the C++ kernels cannot be had, and where a compiler
 fuses those lines itself, they compute; so they do on other devices, and for arguments that are not the usual ones.
 """
 
