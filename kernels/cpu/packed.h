@@ -77,6 +77,23 @@ struct DenseWeight {
   int64_t columns, in_features;
 };
 
+// What repacking takes at once: few enough columns that all rows of them fit a core's own cache, and enough
+// that what lies together in a checkpoint's row is worth a new page.
+constexpr int kStripe = 64;
+
+// The bits that a code takes where it must not lie across two words (rearrange.h).
+constexpr int field_bits(int bits) { return bits == 3 ? 4 : bits; }
+
+// A layer to be repacked.
+struct Layer {
+  int bits;
+  int64_t in_features, columns;
+  int64_t blocks;
+  // Which row of what is read each row of what is written is, -1 for one of zeros; as many as whole blocks
+  // have. Null where all are their own.
+  const int32_t* rows;
+};
+
 // What one processor level offers.
 struct Kernels {
   const char* name;
@@ -89,6 +106,12 @@ struct Kernels {
   void (*multiply)(const Weight&, const Activations&, int64_t rows, int64_t tile, const Output&);
   // Multiply `rows` rows x [rows][K] with columns `begin` to `end` of a matrix, into y [rows][N].
   void (*dense)(const DenseWeight&, const float* x, int64_t rows, float* y, int64_t begin, int64_t end);
+  // Turn a stripe of a checkpoint's words into those of tiles, and back. `scratch` has room for the stripe in
+  // fields, rows filled up to whole blocks; it is used where there are `rows`.
+  void (*repack)(const Layer&, const uint32_t* from, uint8_t* to, int64_t stripe, uint32_t* scratch);
+  void (*unpack)(const Layer&, const uint8_t* from, uint32_t* to, int64_t stripe, uint32_t* scratch);
+  // Write a stripe of float32 [K][N]. The layer's rows are those of the result, the weight's scales float32.
+  void (*dequantize)(const Layer&, const Weight&, float* to, int64_t stripe);
 };
 
 // The levels that were compiled, best first; null where the processor lacks one.
