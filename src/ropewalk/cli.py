@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "continue a prompt, streaming",
     "perplexity": "perplexity over a text, by length of context",
     "quantize": "pack a float16 model with GPTQ",
+    "convert": "write any checkpoint that is read here as safetensors",
     "bench": "our kernels against others found here, in one run",
     "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
     "tune": "find the fastest plans for the GPU that is here, and keep them",
@@ -85,6 +86,7 @@ def _quiet_libraries(debug: bool) -> None:
     ours = logging.getLogger("ropewalk")
     ours.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "info" if debug else "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

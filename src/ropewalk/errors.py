@@ -81,3 +81,41 @@ class ContextLengthError(RopewalkError, ValueError):
 
 class MissingPackageError(RopewalkError, ImportError):
     """An optional package is needed for this; the message names the extra that brings it."""
+
+
+class HubError(CheckpointError):
+    """A model that the Hub does not give and its cache does not hold: no connection, no such name, no access.
+
+    `file` is the name that was asked for.
+    """
+
+
+class AdapterError(CheckpointError):
+    """An adapter that cannot be put on its base: of other sizes, for other layers, of a kind that packed layers
+    do not take.
+    """
+
+
+class MergeError(UsageError, ValueError):
+    """An adapter that was to be merged into packed weights; a ValueError, too, as PEFT raises for that."""
+
+
+class NotEnoughMemoryError(RopewalkError, MemoryError):
+    """A device has less memory free than the model takes there.
+
+    Attributes:
+        device: its name.
+        needed, free: in bytes.
+    """
+
+    def __init__(self, device: str, needed: int, free: int):
+        self.device, self.needed, self.free = device, needed, free
+        super().__init__(f"memory of {device}: expected {needed / 1e9:.2f} GB free, found {free / 1e9:.2f} GB")
+
+
+class PickleFileError(CheckpointError):
+    """A .pt or .bin file that torch cannot read as tensors and nothing else."""
+
+
+class UnsafePickleError(PickleFileError):
+    """A .pt or .bin file that is not opened, because reading it could run code or take any amount of memory."""

@@ -13,6 +13,9 @@ def held_out_text() -> str:
     return (FOLDER / "heldout.txt").read_text(encoding="utf-8")
 
 
-def resolve(model: str) -> Path:
-    """Return the folder that a user names; `demo` is the shipped model, unless there is a folder of that name."""
-    return FOLDER if model == "demo" and not Path(model).exists() else Path(model)
+def resolve(model: str | Path) -> str | Path:
+    """Return what `ropewalk.loader.source.find_source` takes for what a user names.
+
+    `demo` is the folder of the shipped model, unless there is a folder of that name; all else is left as it is.
+    """
+    return FOLDER if model == "demo" and not Path(model).exists() else model

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from ropewalk.commands.options import add_rope, check_rope
+from ropewalk.commands.options import add_packing, add_rope, add_source, check_rope, chosen
 from ropewalk.shipped import resolve
 from ropewalk.terminal import Output, size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder with a checkpoint; `demo` is the one that ships")
+    add_source(parser)
+    add_packing(parser)
     add_rope(parser)
 
 
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from ropewalk.loader.inspect import inspect
 
     check_rope(args.rope)
-    found = inspect(resolve(args.model), rope=args.rope)
+    options = chosen(args, ("revision", "bits", "group_size"))
+    found = inspect(resolve(args.model), rope=args.rope, **options)
     out.result(found)
     rope = {k: v for k, v in found["rope"].items() if k not in ("type", "why")}
     groups = "one group" if found["group_size"] == -1 else f"groups of {found['group_size']}"

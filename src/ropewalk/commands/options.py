@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +19,54 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the positional MODEL and how it is to be loaded."""
-    parser.add_argument("model", metavar="MODEL", help="a folder with a checkpoint; `demo` is the one that ships")
+    add_source(parser)
+    add_packing(parser)
     add_rope(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
+    place.add_argument(
+        "--device-map",
+        type=device_map,
+        metavar="MAP",
+        help="spread over devices: auto, cpu, cuda:1, … or a JSON object from the names of modules to devices",
+    )
+    parser.add_argument(
+        "--max-memory", type=max_memory, metavar="SIZES", help="what --device-map auto may use: 0=10GiB,cpu=20GiB"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations")
-    parser.add_argument("--lora", metavar="DIR", help="a PEFT adapter to put on top")
+    parser.add_argument("--load-in-4bit", action="store_true", help="pack a float16 model to 4 bits while it is loaded")
+    parser.add_argument(
+        "--cache-packed",
+        action="store_true",
+        help="keep packed layers on disk as the CPU computes with them, beside the model; loading them again is faster",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="DIR",
+        help="a PEFT adapter to put on top, a folder or user/name of the Hub; may be repeated, also as NAME=DIR",
+    )
     add_cpu_mode(parser)
     add_threads(parser)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the positional MODEL and --revision."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder with a checkpoint, a file of weights, or user/name:branch of the Hub; `demo` is the one that "
+        "ships",
+    )
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
+
+
+def add_packing(parser: argparse.ArgumentParser) -> None:
+    """Add what a checkpoint may fail to say of itself."""
+    parser.add_argument(
+        "--bits", type=int, choices=(2, 3, 4, 8), help="of a packed checkpoint that does not say (default: as it says)"
+    )
+    parser.add_argument("--group-size", type=group_size, metavar="N", help="the same; -1 is no groups")
 
 
 def add_rope(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +101,66 @@ def positive(text: str) -> int:
     return value
 
 
+def group_size(text: str) -> int:
+    """Parse a group size, for argparse."""
+    if text == "-1":
+        return -1
+    try:
+        return positive(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"expected -1 or a whole number from 1 on, found {text!r}") from None
+
+
+def device_map(text: str) -> str | dict[str, int | str]:
+    """Parse a --device-map, for argparse."""
+    if re.fullmatch(r"auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?", text):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and value and all(type(place) in (int, str) for place in value.values()):
+        return value
+    raise argparse.ArgumentTypeError(
+        f"expected auto, balanced, sequential, cpu, cuda:N or a JSON object from modules to devices, found {text!r}"
+    )
+
+
+def max_memory(text: str) -> dict[int | str, str]:
+    """Parse a --max-memory, for argparse: "0=10GiB,cpu=20GiB" is {0: "10GiB", "cpu": "20GiB"}."""
+    sizes: dict[int | str, str] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+|cpu|disk)\s*=\s*(\d+(?:\.\d+)?\s*[KMG]i?B)\s*", part)
+        place = int(match[1]) if match and match[1].isdecimal() else match and match[1]
+        if not match or place is None or place in sizes:
+            raise argparse.ArgumentTypeError(f"expected sizes such as 0=10GiB,cpu=20GiB, each once, found {text!r}")
+        sizes[place] = match[2].replace(" ", "")
+    return sizes
+
+
+def adapters(given: Sequence[str]) -> str | dict[str, str] | list[str]:
+    """Return what `ropewalk.load` takes for all the values of --lora: one folder, several, or names and folders.
+
+    Raises:
+        UsageError: a name that cannot be one or comes twice, or names for some only.
+    """
+    named = [(*match.groups(), text) for text in given if (match := _named_adapter(text))]
+    if not named:
+        return given[0] if len(given) == 1 else list(given)
+    if len(named) < len(given):
+        raise UsageError(f"--lora: expected NAME=DIR for all or for none, found {', '.join(given)}")
+    names = [name for name, _, _ in named]
+    for name, folder, text in named:
+        if names.count(name) > 1 or not folder:
+            raise UsageError(f"--lora: expected NAME=DIR with a name of its own, found {text!r}")
+    return {name: folder for name, folder, _ in named}
+
+
+def _named_adapter(text: str) -> re.Match[str] | None:
+    """Match NAME=DIR; a folder whose own name has a = in it is none."""
+    return None if Path(text).expanduser().exists() else re.fullmatch(r"([\w-]+)=(.*)", text)
+
+
 def check_rope(rope: str) -> None:
     """Refuse a --rope that no model could have, before anything is loaded.
 
@@ -73,6 +177,12 @@ def check_rope(rope: str) -> None:
             raise UsageError(f"--rope: {error}") from None
 
 
+def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of the options that were given, by name."""
+    values: Mapping[str, Any] = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
 def load(args: argparse.Namespace, out: Output) -> tuple[Any, Any]:
     """Load args.model as the options say; return (model, tokenizer).
 
@@ -84,25 +194,38 @@ def load(args: argparse.Namespace, out: Output) -> tuple[Any, Any]:
     from ropewalk.loader.load import load as load_model
 
     check_rope(args.rope)
+    options = chosen(
+        args, ("revision", "bits", "group_size", "max_memory", "load_in_4bit", "cache_packed", "cpu_mode", "dtype")
+    )
+    if getattr(args, "lora", None):
+        options["lora"] = adapters(args.lora)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device: expected cpu, since torch finds no CUDA GPU here, found " + repr(args.device))
-    try:
-        device = torch.device(args.device) if args.device else None
-    except RuntimeError:
-        raise UsageError(f"--device: expected cpu, cuda or cuda:N, found {args.device!r}") from None
-    model, tokenizer = load_model(
-        resolve(args.model),
-        rope=args.rope,
-        device_map=device,
-        dtype=args.dtype,
-        lora=getattr(args, "lora", None),
-        cpu_mode=getattr(args, "cpu_mode", None),
-    )
+    places = getattr(args, "device_map", None)
+    if places is None:
+        places = _device(args.device)
+    elif isinstance(places, str) and places.startswith("cuda"):
+        _device(places, "--device-map")
+    model, tokenizer = load_model(resolve(args.model), rope=args.rope, device_map=places, **options)
     if tokenizer is None:
         raise MissingFileError(args.model, "a tokenizer (tokenizer.json or tokenizer.model)", "none")
     return model, tokenizer
+
+
+def _device(name: str | None, option: str = "--device") -> torch.device | None:
+    """Return the device that is named, or None for torch's choice.
+
+    Raises:
+        UsageError: no such device.
+    """
+    import torch
+
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"{option}: expected cpu, since torch finds no CUDA GPU here, found {name!r}")
+    try:
+        return torch.device(name) if name else None
+    except RuntimeError:
+        raise UsageError(f"{option}: expected cpu, cuda or cuda:N, found {name!r}") from None
 
 
 def read_text(path: str, what: str) -> str:

@@ -14,7 +14,8 @@ from ropewalk.terminal import Output
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     yes_or_no = argparse.BooleanOptionalAction
-    parser.add_argument("model", metavar="MODEL", help="a folder with a model in float16")
+    parser.add_argument("model", metavar="MODEL", help="a model in float16: a folder, or user/name:branch of the Hub")
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
     parser.add_argument("out", metavar="OUT", help="the folder to write, new or empty")
     parser.add_argument(
         "--method", choices=("gptq", "rtn"), default="gptq", help="rtn rounds to nearest (default: gptq)"
@@ -37,13 +38,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    """Quantize a model."""
+    """Quantize a model.
+
+    Raises:
+        UsageError: options that do not fit, or a single file as the model; what `ropewalk.quantize` raises.
+    """
     from ropewalk.loader.quantize import quantize
+    from ropewalk.loader.source import find_source
 
     check_rope(args.rope)
     if args.method == "gptq" and args.text is None:
         raise UsageError("--text: expected a file with calibration text, found none")
     text = read_text(args.text, "--text") if args.text is not None else None
+    source = find_source(resolve(args.model), revision=args.revision)
+    if source.file is not None:
+        raise UsageError(f"MODEL: expected a folder with a model in float16, found the file {source.file}")
     began = time.perf_counter()
     with out.bar(0, "blocks", unit="block") as bar:
 
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             bar.update(done - bar.n)
 
         config = quantize(
-            resolve(args.model),
+            source.folder,
             args.out,
             bits=args.bits,
             group_size=args.group_size,
