@@ -6,21 +6,22 @@ checkpoint is refused before a model is built or a device touched.
 
 from __future__ import annotations
 
-import re
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from ropewalk.errors import CheckpointError, HeaderError, MissingFileError, QuantizeConfigError, TensorEntryError
-from ropewalk.gptq.format import check_shapes, check_values, infer_features, is_sequential, is_symmetric
-from ropewalk.loader.quantize_config import QuantizeConfig, parse_quantize_config, read_json, read_quantize_config
-from ropewalk.loader.safetensors_file import TensorEntry, read_header
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+from ropewalk.errors import CheckpointError, MissingFileError, QuantizeConfigError, UsageError
+from ropewalk.gptq.format import BITS
+from ropewalk.loader.check_layers import check_format, check_layers
+from ropewalk.loader.encodings import find_layers
+from ropewalk.loader.packed_layer import PackedLayer
+from ropewalk.loader.quantize_config import QuantizeConfig, read_json, read_quantize_configs
+from ropewalk.loader.reader import Reader
+from ropewalk.loader.safetensors_file import TensorEntry
+from ropewalk.loader.settle import infer, settle
+from ropewalk.loader.weight_files import find_weights, listing, read_tensors
 
 
 @dataclass
@@ -30,9 +31,10 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         config: config.json as read.
-        files: the .safetensors files that hold the weights.
-        tensors: name -> entry of a header, over all files.
+        files: the files that hold the weights.
+        tensors: name -> entry, over all files.
         quantize_config: how the layers are packed; None for a checkpoint that is not quantized.
+        layers: name -> packed layer, in the order of the files.
         warnings: what was odd but could be dealt with, a sentence each.
     """
 
@@ -41,185 +43,87 @@ class Checkpoint:
     files: list[Path]
     tensors: dict[str, TensorEntry]
     quantize_config: QuantizeConfig | None = None
+    layers: dict[str, PackedLayer] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def packed_layers(self) -> list[str]:
-        """Return the names of the layers that have a qweight, in the order of the files."""
-        return [name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")]
-
-    def layer_entries(self, layer: str) -> dict[str, TensorEntry]:
-        """Return part ("qweight", …) -> entry for a packed layer."""
-        names = ((part, f"{layer}.{part}") for part in PARTS)
-        return {part: self.tensors[name] for part, name in names if name in self.tensors}
+    def reader(self) -> Reader:
+        """Return a reader of the tensors, to be closed."""
+        return Reader(self)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor to the CPU."""
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        """Read one tensor; for many, `reader` keeps the files open."""
+        with self.reader() as reader:
+            return reader.read(name)
+
+    def plain_tensors(self) -> list[str]:
+        """Return the names of the tensors that belong to no packed layer, in the order of the files."""
+        packed = {entry.name for layer in self.layers.values() for entry in layer.entries.values()}
+        return [name for name in self.tensors if name not in packed]
 
     def nbytes(self) -> int:
         """Return how many bytes the tensors take on disk."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    folder: str | Path, *, file: str | Path | None = None, bits: int | None = None, group_size: int | None = None
+) -> Checkpoint:
     """Find and check the checkpoint in a folder.
+
+    Args:
+        folder: has config.json.
+        file: the file with the weights, in that folder or beside it; by default what the folder makes plain.
+        bits, group_size: how it is packed, for files that do not tell; they count more than what a config says, and
+            less than what the tensors prove.
 
     Raises:
         MissingFileError: no folder, no config.json, or no weights in a format that is read here.
+        UsageError: bits or a group size that cannot be.
         CheckpointError: one of its kinds, for a file at fault; FormatError for packed tensors at fault.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise MissingFileError(folder, "a folder with a model (config.json and .safetensors)", "nothing of this name")
-    if not folder.is_dir():
-        raise MissingFileError(folder, "a folder with a model (config.json and .safetensors)", "a file")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise MissingFileError(folder, "a model's config.json", _listing(folder))
-    config = read_json(config_file)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(config_file, "a JSON object with a model_type", repr(config)[:80])
-
-    settings = read_quantize_config(folder, config)
-    files = _weight_files(folder, settings)
-    tensors: dict[str, TensorEntry] = {}
-    for file in files:
-        for name, entry in read_header(file)[0].items():
-            if name in tensors:
-                raise TensorEntryError(
-                    f"{file}: {name}", "every tensor once", f"it in {tensors[name].file.name} as well"
-                )
-            tensors[name] = entry
-    checkpoint = Checkpoint(folder, config, files, tensors, settings)
-    layers = checkpoint.packed_layers()
-    if layers and settings is None:
-        checkpoint.quantize_config = _infer(checkpoint, layers)
-        checkpoint.warnings.append(f"no quantize_config.json: {checkpoint.quantize_config.source}")
-    if not layers and settings is not None:
-        raise QuantizeConfigError(settings.source, "packed layers (.qweight) in the weights", "none")
-    if layers:
-        _check_packed(checkpoint, layers)
+    if bits is not None and (type(bits) is not int or bits not in BITS):
+        raise UsageError(f"bits: expected {', '.join(map(str, BITS))}, found {bits!r}")
+    if group_size is not None and (type(group_size) is not int or (group_size < 1 and group_size != -1)):
+        raise UsageError(f"group_size: expected -1 or a positive number, found {group_size!r}")
+    folder = Path(folder).expanduser()
+    config = _read_config(folder)
+    sources = read_quantize_configs(folder, config)
+    base_names = (source.raw.get("model_file_base_name") for source in sources)
+    weights = find_weights(folder, [name for name in base_names if isinstance(name, str) and name], file)
+    tensors, warnings = read_tensors(weights)
+    checkpoint = Checkpoint(folder, config, weights.files, tensors, warnings=warnings)
+    layers = find_layers(tensors)
+    if not layers:
+        if sources:
+            raise QuantizeConfigError(sources[0].source, "packed layers (.qweight) in the weights", "none")
+        if bits is not None or group_size is not None:
+            warnings.append("bits and group_size mean nothing here: no layer is packed")
+        return checkpoint
+    with checkpoint.reader() as reader:
+        if sources:
+            settings, odd = settle(sources, layers, bits, group_size)
+        else:
+            settings, odd = infer(layers, config, reader.read, bits, group_size)
+        warnings += odd
+        settings, odd = check_format(settings, layers, reader)
+        warnings += odd
+        checkpoint.layers, odd = check_layers(settings, layers, tensors, reader)
+        warnings += odd
+    checkpoint.quantize_config = settings
     return checkpoint
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "an empty folder"
-
-
-def _weight_files(folder: Path, settings: QuantizeConfig | None) -> list[Path]:
-    """Return the files that hold the weights, by the first rule that finds some."""
-    base_name = settings.raw.get("model_file_base_name") if settings else None
-    if isinstance(base_name, str) and (folder / f"{Path(base_name).name}.safetensors").is_file():
-        return [folder / f"{Path(base_name).name}.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _shards(folder, index)
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    found = sorted(folder.glob("*.safetensors"))
-    named = [p for p in found if re.fullmatch(r"gptq_model-\d+bit-+\d+g", p.stem)]
-    if len(named or found) == 1:
-        return named or found
-    if found:
-        raise CheckpointError(folder, "one .safetensors file or an index of several", ", ".join(p.name for p in found))
-    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    raise MissingFileError(folder, "weights in .safetensors files", ", ".join(others) or _listing(folder))
-
-
-def _shards(folder: Path, index: Path) -> list[Path]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError(index, "a weight_map from tensor names to files", repr(weight_map)[:80])
-    if not isinstance(content.get("metadata"), dict):  # transformers, which reads the shards, insists
-        raise HeaderError(index, "metadata, an object", repr(content.get("metadata"))[:80])
-    names = dict.fromkeys(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or len(PurePosixPath(name).parts) != 1 or "\\" in name or name.startswith("."):
-            raise HeaderError(index, "names of files in the same folder", repr(name))
-        if not (folder / name).is_file():
-            raise MissingFileError(index, f"the shard {name} beside it", "no such file")
-    return [folder / name for name in names]
-
-
-def _infer(checkpoint: Checkpoint, layers: list[str]) -> QuantizeConfig:
-    """Draw the settings from the tensors of the first layer, where they leave no choice."""
-    entries = checkpoint.layer_entries(layers[0])
-    file = entries["qweight"].file
-
-    def unclear(what: str, found: str) -> QuantizeConfigError:
-        return QuantizeConfigError(checkpoint.folder, f"a quantize_config.json, for {what}", found)
-
-    if "scales" not in entries or "qzeros" not in entries:
-        raise unclear("the bits", f"none, and no scales or qzeros of {layers[0]} to infer them from")
-    columns, words = entries["scales"].shape[-1], entries["qzeros"].shape[-1]
-    bits = next((b for b in (2, 3, 4, 8) if columns * b == words * 32), None)
-    if bits is None:
-        raise unclear("the bits", f"none, and {words} words of zero points for {columns} columns in {file.name}")
-    rows, _ = infer_features(entries["qweight"].shape, bits)
-    groups = entries["scales"].shape[0]
-    if groups > 1 and rows % groups:
-        raise unclear("the group size", f"none, and {groups} groups of {rows} rows")
-    group_size = -1 if groups == 1 else rows // groups
-    desc_act = "g_idx" in entries and not is_sequential(checkpoint.read(f"{layers[0]}.g_idx"), group_size)
-    qzeros = checkpoint.read(f"{layers[0]}.qzeros")
-    symmetric = {f: is_symmetric(qzeros, bits, f) for f in ("gptq", "gptq_v2")}
-    raw = {
-        "bits": bits,
-        "group_size": group_size,
-        "desc_act": desc_act,
-        "sym": any(symmetric.values()),
-        "checkpoint_format": "gptq_v2" if symmetric["gptq_v2"] else "gptq",
-        "quant_method": "gptq",
-    }
-    settings = parse_quantize_config(raw, file)
-    text = f"bits {bits}, group_size {group_size}, desc_act {str(desc_act).lower()} inferred from {layers[0]}"
-    return replace(settings, source=text)
-
-
-def _check_packed(checkpoint: Checkpoint, layers: list[str]) -> None:
-    """Check every packed layer against the settings; correct the settings where the tensors prove them wrong."""
-    _check_format_version(checkpoint, layers[0])
-    settings = checkpoint.quantize_config
-    assert settings is not None
-    out_of_order = []
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in checkpoint.files}
-        for layer in layers:
-            entries = checkpoint.layer_entries(layer)
-            place = {"prefix": f"{layer}.", "file": str(entries["qweight"].file)}
-            check_shapes(
-                {part: (entry.shape, entry.dtype) for part, entry in entries.items()},
-                bits=settings.bits,
-                group_size=settings.group_size,
-                desc_act=settings.desc_act and settings.group_size != -1,
-                **place,
-            )
-            small = {part: entries[part] for part in ("scales", "g_idx") if part in entries}
-            values: dict[str, Tensor] = {p: opened[e.file].get_tensor(e.name) for p, e in small.items()}
-            check_values(values, **place)
-            if not settings.desc_act and "g_idx" in values and not is_sequential(values["g_idx"], settings.group_size):
-                out_of_order.append(layer)
-    if out_of_order:
-        checkpoint.warnings.append(
-            f"desc_act is false, but {out_of_order[0]}.g_idx is not sequential ({len(out_of_order)} such layers); "
-            "the tensors are followed"
-        )
-
-
-def _check_format_version(checkpoint: Checkpoint, layer: str) -> None:
-    """Where all zero points are symmetric, the words themselves tell v1 from v2; believe them."""
-    settings = checkpoint.quantize_config
-    name = f"{layer}.qzeros"
-    if settings is None or name not in checkpoint.tensors or checkpoint.tensors[name].dtype_name != "I32":
-        return
-    qzeros = checkpoint.read(name)
-    stated = settings.checkpoint_format
-    other = "gptq" if stated == "gptq_v2" else "gptq_v2"
-    if qzeros.ndim != 2 or is_symmetric(qzeros, settings.bits, stated):
-        return
-    if is_symmetric(qzeros, settings.bits, other):
-        checkpoint.quantize_config = replace(settings, checkpoint_format=other)
-        checkpoint.warnings.append(f"checkpoint_format is {stated}, but the zero points are {other}'s; {other} is used")
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json."""
+    expected = "a folder with a model (config.json and its weights)"
+    if not folder.exists():
+        raise MissingFileError(folder, expected, "nothing of this name")
+    if not folder.is_dir():
+        raise MissingFileError(folder, expected, "a file")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise MissingFileError(folder, "a model's config.json", listing(folder))
+    config = read_json(config_file)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(config_file, "a JSON object with a model_type", repr(config)[:80])
+    return config

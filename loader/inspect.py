@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +10,59 @@ from ropewalk import cpu
 from ropewalk.gptq.format import is_symmetric
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.rope import decide_rope
+from ropewalk.loader.source import find_source
 
 
-def inspect(model: str | Path, *, rope: str = "auto") -> dict[str, Any]:
+def inspect(
+    model: str | Path,
+    *,
+    rope: str = "auto",
+    bits: int | None = None,
+    group_size: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> dict[str, Any]:
     """Describe a checkpoint from its config and headers, after the same checks as `load` makes.
 
     Args:
-        model: a local folder.
-        rope: as `load` takes it.
+        model, revision, token, cache_dir, local_files_only: as `load` takes them.
+        rope, bits, group_size: as `load` takes them.
 
     Returns:
         {"model", "format", "bits", "group_size", "desc_act", "sym", "architecture", "rope", "bytes", "kernels",
-        "layers", "files", "warnings"}; format is "gptq", "gptq_v2" or "plain", and the four settings are
-        None for "plain". Sizes are in bytes; "bits_per_weight" counts everything of the packed layers.
+        "layers", "files", "warnings"}; format is how it lies on disk: "gptq", "gptq_v2", "gptq_p", "marlin",
+        "gptq-for-llama" (zero points in floating point) or "plain", and the four settings are None for "plain".
+        Sizes are in bytes; "bits_per_weight" counts everything of the packed layers.
 
     Raises:
         CheckpointError, FormatError, RopeError: as `load` does.
     """
-    checkpoint = open_checkpoint(model)
+    source = find_source(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
     decision = decide_rope(checkpoint.config, rope)
     settings = checkpoint.quantize_config
-    layers = checkpoint.packed_layers()
-    packed = sum(entry.nbytes for layer in layers for entry in checkpoint.layer_entries(layer).values())
+    packed = sum(layer.nbytes() for layer in checkpoint.layers.values())
     total = checkpoint.nbytes()
     architectures = checkpoint.config.get("architectures") or [checkpoint.config["model_type"]]
     return {
         "model": str(checkpoint.folder),
-        "format": settings.checkpoint_format if settings else "plain",
+        "format": _format(checkpoint),
         "bits": settings.bits if settings else None,
         "group_size": settings.group_size if settings else None,
         "desc_act": settings.desc_act if settings else None,
-        "sym": _is_symmetric(checkpoint, layers) if settings else None,
+        "sym": _is_symmetric(checkpoint) if settings else None,
         "architecture": architectures[0],
         "rope": decision.as_dict(),
         "bytes": {
             "total": total,
             "packed": packed,
             "other": total - packed,
-            "bits_per_weight": round(packed * 8 / _weights(checkpoint, layers), 3) if layers else None,
+            "bits_per_weight": round(packed * 8 / _weights(checkpoint), 3) if checkpoint.layers else None,
         },
         "kernels": kernels(),
-        "layers": {"packed": len(layers)},
+        "layers": {"packed": len(checkpoint.layers)},
         "files": [file.name for file in checkpoint.files],
         "warnings": [*checkpoint.warnings, *decision.warnings],
     }
@@ -61,20 +74,23 @@ def kernels() -> dict[str, str]:
     return {"cpu": "c++" if compiled else "torch", "cuda": "triton"}
 
 
-def _weights(checkpoint: Checkpoint, layers: list[str]) -> int:
-    """Return how many weights the packed layers hold: their words hold 32 bits each."""
-    assert checkpoint.quantize_config is not None
-    words = 0
-    for layer in layers:
-        rows, columns = checkpoint.tensors[f"{layer}.qweight"].shape
-        words += rows * columns
-    return words * 32 // checkpoint.quantize_config.bits
+def _weights(checkpoint: Checkpoint) -> int:
+    """Return how many weights the packed layers hold."""
+    return sum(layer.in_features * layer.out_features for layer in checkpoint.layers.values())
 
 
-def _is_symmetric(checkpoint: Checkpoint, layers: list[str]) -> bool:
+def _format(checkpoint: Checkpoint) -> str:
+    """Return how most packed layers lie on disk."""
+    if checkpoint.quantize_config is None:
+        return "plain"
+    encoding = Counter(layer.encoding for layer in checkpoint.layers.values()).most_common(1)[0][0]
+    return checkpoint.quantize_config.checkpoint_format if encoding == "gptq" else encoding
+
+
+def _is_symmetric(checkpoint: Checkpoint) -> bool:
     """Tell what the zero points say, whatever the config does."""
-    settings = checkpoint.quantize_config
-    assert settings is not None
-    return all(
-        is_symmetric(checkpoint.read(f"{layer}.qzeros"), settings.bits, settings.checkpoint_format) for layer in layers
-    )
+    with checkpoint.reader() as reader:
+        return all(
+            is_symmetric(reader.read_zeros(layer), layer.settings.bits, layer.settings.checkpoint_format)
+            for layer in checkpoint.layers.values()
+        )

@@ -8,7 +8,7 @@ the tensors' bytes, without gaps. https://github.com/huggingface/safetensors (RE
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,23 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a header says of one tensor."""
+    """What a header says of one tensor.
+
+    Attributes:
+        name, dtype_name, shape: as the header has them.
+        file: the file it is in.
+        nbytes: its size.
+        offset: where in the file it begins.
+        tensor: the tensor itself, for files of other kinds that torch maps into memory.
+    """
 
     name: str
     file: Path
     dtype_name: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = 0
+    tensor: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,19 +88,29 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise HeaderError(path, f"a header that fits into the file's {size} bytes", f"a length of {length}")
     entries = _parse(path, header)
     metadata = entries.pop("__metadata__", {})
-    tensors = {name: _entry(path, name, entry) for name, entry in entries.items()}
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_spans(path, entries, size - 8 - length)
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def _check_is_safetensors(path: Path, start: bytes, size: int) -> None:
+def what_it_is(start: bytes) -> str | None:
+    """Tell from the first bytes of a file whether it is what often lies under the name of another; None if not."""
     text = start.lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
-        raise NotSafetensorsError(
-            path, "a .safetensors file", "a Git-LFS pointer to one; `git lfs pull` or a download from the Hub brings it"
-        )
+        return "a Git-LFS pointer to one; `git lfs pull` or a download from the Hub brings it"
     if text.startswith((b"<!doctype", b"<html")):
-        raise NotSafetensorsError(path, "a .safetensors file", "a web page: the download got an error page")
+        return "a web page: the download got an error page"
+    return None
+
+
+def _check_is_safetensors(path: Path, start: bytes, size: int) -> None:
+    kind = what_it_is(start)
+    if kind:
+        raise NotSafetensorsError(path, "a .safetensors file", kind)
+    if start.startswith(b"PK\x03\x04"):
+        raise NotSafetensorsError(
+            path, "a .safetensors file", "an archive that torch.save wrote (a .pt file, renamed?)"
+        )
     if size < 8:
         raise NotSafetensorsError(path, "a .safetensors file, at least 8 bytes", f"{size} bytes")
 
@@ -115,7 +135,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     return entries
 
 
-def _entry(path: Path, name: str, entry: Any) -> TensorEntry:
+def _entry(path: Path, name: str, entry: Any, data: int) -> TensorEntry:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _entry_error(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -135,7 +155,7 @@ def _entry(path: Path, name: str, entry: Any) -> TensorEntry:
             raise _entry_error(path, name, f"{expected} bytes for {dtype} {shape}", f"a span of {span}")
     elif span < 0:
         raise _entry_error(path, name, "data_offsets [begin, end] with begin <= end", repr(offsets))
-    return TensorEntry(name, path, dtype, tuple(shape), span)
+    return TensorEntry(name, path, dtype, tuple(shape), span, data + begin)
 
 
 def _is_size(n: Any) -> bool:

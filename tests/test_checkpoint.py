@@ -14,6 +14,7 @@ from ropewalk.errors import (
     MissingFileError,
     MissingTensorsError,
     OffsetsError,
+    PickleFileError,
     QuantizeConfigError,
     RopeError,
     TensorEntryError,
@@ -62,9 +63,11 @@ def test_not_a_model(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     refuses(tmp_path, CheckpointError, "a JSON object with a model_type")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    refuses(tmp_path, MissingFileError, "weights in .safetensors files", "notes.txt")
+    refuses(tmp_path, MissingFileError, "weights in .safetensors, .pt or .bin files", "notes.txt")
+    (tmp_path / "training_args.bin").write_text("x")
+    refuses(tmp_path, MissingFileError, "weights in .safetensors, .pt or .bin files", "training_args.bin")
     (tmp_path / "model.pt").write_text("x")
-    refuses(tmp_path, MissingFileError, "weights in .safetensors files", "found model.pt")
+    refuses(tmp_path, PickleFileError, "model.pt", "neither a zip archive nor a pickle")
 
 
 def test_an_architecture_that_transformers_does_not_have(folder):
@@ -91,8 +94,22 @@ def test_a_truncated_file(folder):
         ({"desc_act": "yes"}, "desc_act true or false, found 'yes'"),
         ({"sym": 1}, "sym true or false, found 1"),
         ({"quant_method": "awq"}, "quant_method gptq, found 'awq'"),
-        ({"checkpoint_format": "exl2"}, "checkpoint_format gptq or gptq_v2, found 'exl2'"),
-        ({"is_marlin_format": True}, "found 'marlin'"),
+        ({"quant_method": "marlin", "sym": False}, "sym true in a Marlin checkpoint"),
+        ({"version": "GEMM"}, "quant_method gptq, found AWQ's version 'GEMM'"),
+        ({"checkpoint_format": "exl2"}, "checkpoint_format gptq, gptq_v2, gptq_p, marlin, found 'exl2'"),
+        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "one value for checkpoint_format"),
+        ({"checkpoint_format": "gptq_v2", "is_marlin_format": True}, "one checkpoint_format"),
+        ({"is_marlin_format": True, "bits": 8}, "bits 4 in a Marlin checkpoint, found 8"),
+        ({"w_bit": 3}, "one value for bits, found bits 4 and w_bit 3"),
+        ({"groupsize": 64}, "one value for group_size, found group_size 32 and groupsize 64"),
+        ({"pack_dtype": "int16"}, "pack_dtype int32, the words that GPTQ checkpoints use, found 'int16'"),
+        ({"bits": 4.0}, "found 4.0"),
+        ({"dynamic": [1]}, "dynamic, an object from patterns to settings"),
+        ({"dynamic": {"x": 8}}, "an object of settings for dynamic's 'x', found 8"),
+        ({"dynamic": {"+:(": {}}}, "a regular expression in dynamic, found '+:('"),
+        ({"dynamic": {"x" * 600: {}}}, "at most 512 characters in dynamic, found 600"),
+        ({"dynamic": {"x": {"bits": 5}}}, "dynamic 'x': expected bits 2, 3, 4, 8, found 5"),
+        ({"dynamic": {"x": {"format": "marlin"}}}, "the same format for every layer, found 'marlin'"),
     ],
 )
 def test_a_quantize_config_that_gptq_cannot_hold(folder, changes, message):
@@ -198,8 +215,8 @@ def test_shards(tmp_path, folder):
         refuses(folder, HeaderError, "names of files in the same folder")
     index.write_text(json.dumps({"weight_map": {}}))
     refuses(folder, HeaderError, "a weight_map")
-    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
-    refuses(folder, HeaderError, "metadata, an object")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": "config.json"}}))
+    refuses(folder, HeaderError, "found 'config.json'")
 
 
 def test_two_files_and_no_index(folder):

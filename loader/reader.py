@@ -1,0 +1,122 @@
+"""Reading the tensors of a checkpoint, one layer at a time, into memory that is used again.
+
+Mapping a file would read as fast, but its pages count as this process's memory until they are given back, and
+a file that shrinks meanwhile would end the process. Reading copies at the speed of memory; a short file is an error.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ropewalk.errors import OffsetsError
+from ropewalk.loader.encodings import ENCODINGS
+from ropewalk.loader.packed_layer import PackedLayer
+from ropewalk.loader.safetensors_file import TensorEntry
+
+if TYPE_CHECKING:
+    from ropewalk.loader.checkpoint import Checkpoint
+
+_LINE = 64  # tensors in the shared memory begin at multiples of it
+_HUGE = 2 << 20
+
+
+class Reader:
+    """Reads tensors of a checkpoint; a context manager that closes the files. Not for two threads at once."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._files: dict[Path, int] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and let go of the shared memory."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in memory of its own, in the dtype of the file.
+
+        Raises:
+            TensorEntryError: a dtype that is not read here.
+            OffsetsError: a file that is shorter than it was when its header was read.
+        """
+        entry = self._checkpoint.tensors[name]
+        return self._read_into(entry, torch.empty(entry.nbytes, dtype=torch.uint8))
+
+    def read_layer(self, layer: PackedLayer) -> dict[str, Tensor]:
+        """Return the parts of a layer ("qweight", "qzeros", "scales", "g_idx", "bias") in the checkpoint layout of
+        `ropewalk.gptq.format`, whatever the encoding on disk. They are valid until the next call.
+
+        Raises:
+            as `read`; FormatError for values that the encoding cannot mean.
+        """
+        return ENCODINGS[layer.encoding].decode(layer, self.read_together(layer.entries.items()))
+
+    def read_zeros(self, layer: PackedLayer) -> Tensor:
+        """Return the qzeros of a layer as `read_layer` does, and read no more than that takes.
+
+        Raises:
+            as `read_layer`.
+        """
+        encoding = ENCODINGS[layer.encoding]
+        parts = self.read_together((part, layer.entries[part]) for part in encoding.zeros)
+        return encoding.decode(layer, parts)["qzeros"]
+
+    def read_together(self, entries: Iterable[tuple[str, TensorEntry]]) -> dict[str, Tensor]:
+        """Return key -> tensor for key -> entry, in shared memory, valid until the next call."""
+        places = []
+        size = 0
+        for key, entry in entries:
+            places.append((key, entry, size))
+            size += -(-entry.nbytes // _LINE) * _LINE
+        if size > self._scratch.numel():
+            self._scratch = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._scratch = _huge_pages(size)
+        return {key: self._read_into(entry, self._scratch[at : at + entry.nbytes]) for key, entry, at in places}
+
+    def _read_into(self, entry: TensorEntry, memory: Tensor) -> Tensor:
+        dtype = entry.dtype
+        if entry.tensor is not None:
+            memory.copy_(entry.tensor.reshape(-1).view(torch.uint8))
+        elif entry.nbytes:
+            file = self._files.get(entry.file)
+            if file is None:
+                file = self._files[entry.file] = os.open(entry.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            _read_all(file, entry, memoryview(memory.numpy()))  # type: ignore[arg-type]
+        return memory.view(dtype).view(entry.shape)
+
+
+def _read_all(file: int, entry: TensorEntry, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):
+        count = os.preadv(file, [memory[done:]], entry.offset + done)
+        if count == 0:
+            raise OffsetsError(entry.file, f"{entry.nbytes} bytes of {entry.name}", f"{done}: the file has shrunk")
+        done += count
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Return memory in large pages where there are any: in small ones, touching it first takes longer than reading."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, -(-size // _HUGE) * _HUGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
