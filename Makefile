@@ -38,7 +38,7 @@ dev: $(VENV)/installed
 # libstdc++, whose exceptions ASan wants to see; it leaks on purpose.
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined,float-cast-overflow \
 	-fno-sanitize=null,vptr,object-size -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0
-SANITIZED := tests/test_cpu_kernels.py tests/test_half_linear.py tests/test_rope_cpu.py
+SANITIZED := tests/test_cpu_kernels.py tests/test_halves.py tests/test_cpu_repack.py tests/test_rope_cpu.py
 sanitize: export ROPEWALK_CPU_CFLAGS = $(SANITIZE)
 sanitize: export ROPEWALK_CACHE = $(abspath .cache/sanitize)
 sanitize: export CXX = g++

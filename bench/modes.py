@@ -15,7 +15,7 @@ from ropewalk.bench.report import largest_error
 from ropewalk.errors import MissingPackageError
 from ropewalk.gptq.cpu_ops import MODES
 from ropewalk.gptq.format import dequantize, zeros_v1_to_v2
-from ropewalk.loader.half_linear import HalfLinear
+from ropewalk.loader.halves import HalfLinear
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.terminal import table
 

@@ -1,47 +1,72 @@
-"""`ropewalk.load`: from a folder to a model of transformers that computes with packed weights."""
+"""`ropewalk.load`: from a name to a model of transformers that computes with packed weights."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ropewalk.errors import CheckpointError, MissingTensorsError, UsageError
+from ropewalk.errors import CheckpointError, MissingTensorsError, NotEnoughMemoryError, UsageError
 from ropewalk.gptq.cpu_ops import check_mode
+from ropewalk.loader import fill, packed_cache, peft_hook, place, skeleton
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
-from ropewalk.loader.half_linear import keep_half
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision, decide_rope
+from ropewalk.loader.source import find_adapter, find_source
 
 log = logging.getLogger("ropewalk")
+
+Progress = Callable[[int, int], None]
 
 
 def load(
     model: str | Path,
     *,
+    revision: str | None = None,
     rope: str = "auto",
     device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
     dtype: torch.dtype | str | None = None,
-    lora: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     cpu_mode: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    load_in_4bit: bool = False,
+    cache_packed: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+    progress: bool | Progress = True,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a local folder with config.json and .safetensors weights, packed by GPTQ (of 2023, with
-            quantize_config.json and a file such as gptq_model-4bit-32g.safetensors, or modern) or in
-            plain float16.
+        model: a local folder; a file of weights with its config.json beside it; or a name on the Hub, with
+            `:branch` where the variants of a model are branches. Packed by GPTQ in any of the formats of
+            `ropewalk.loader.encodings`, or in plain float16.
+        revision: a branch, tag or commit of the Hub.
         rope: "auto" follows the config and what it implies (see `ropewalk.loader.rope`); otherwise
             "none", "linear:2", "partial-ntk:factor=4,original=4096" and so on (`parse_rope`).
-        device_map: as transformers takes it; by default all on the GPU if there is one, else the CPU.
+        device_map: a device, "auto", or module name -> device, as accelerate takes it; by default all on the GPU if
+            there is one, else the CPU. Layers on the CPU compute there.
+        max_memory: device -> bytes or "10GiB", for "auto".
         dtype: of activations and of what is not packed; by default float32 on the CPU, float16 on a GPU.
-        lora: a folder with a PEFT adapter to put on top.
+        lora: a folder or Hub name with a PEFT adapter to put on top, several, or name -> folder.
         cpu_mode: of packed layers on the CPU: "int8" rounds activations to 8 bits in blocks of 32, "exact" does not
             (see `ropewalk.gptq.cpu_ops`); by default $ROPEWALK_CPU_MODE, or "int8".
-        kwargs: passed on to transformers' `from_pretrained` (attn_implementation, max_memory, …).
+        bits, group_size: of checkpoints that do not say how they are packed.
+        load_in_4bit: have bitsandbytes pack a float16 model while it is loaded.
+        cache_packed: keep packed layers on disk as the CPU computes with them, and map them from there the next time
+            (see `ropewalk.loader.packed_cache`).
+        token, cache_dir, local_files_only: for the Hub, as huggingface_hub takes them.
+        progress: whether a terminal shows a bar; or what is called with (bytes read, bytes in all).
+        kwargs: `attn_implementation`; for a float16 model anything that transformers' `from_pretrained` takes.
 
     Returns:
         (model, tokenizer): a normal transformers model in eval mode, whose `config.rope_parameters` tell
@@ -50,63 +75,192 @@ def load(
     Raises:
         CheckpointError, FormatError: a file at fault, found before the model is built.
         RopeError: an impossible rotary embedding.
+        NotEnoughMemoryError: a device too small, found before anything is read where that can be foretold.
         UsageError: an argument that is not understood.
     """
     if cpu_mode is not None:
         check_mode(cpu_mode, "cpu_mode")
-    checkpoint = open_checkpoint(model)
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub["progress"] = progress is not False
+    adapters = None if lora is None else _adapters(lora, hub)
+    source = find_source(model, revision=revision, **hub)
+    checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
     decision = decide_rope(checkpoint.config, rope)
     log.info("rope: %s, since %s", decision, decision.why)
     for warning in (*checkpoint.warnings, *decision.warnings):
         log.warning("%s: %s", checkpoint.folder.name, warning)
-    if device_map is None:
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(checkpoint, decision, device_map=device_map, dtype=as_dtype(dtype, device_map), **kwargs)
-    if checkpoint.quantize_config is not None:
-        keep_half(loaded, checkpoint)
-    for layer in loaded.modules():
-        if isinstance(layer, QuantLinear):
-            layer.cpu_mode = cpu_mode
-    if lora is not None:
+    if load_in_4bit:
+        from ropewalk.loader import bitsandbytes
+
+        if "quantization_config" in kwargs:
+            raise UsageError("load_in_4bit: expected no quantization_config besides, found one")
+        kwargs |= bitsandbytes.load_arguments(checkpoint, as_dtype(dtype, device_map))
+    elif checkpoint.quantize_config is not None:
+        _only_known(kwargs)
+    placement = {"device_map": device_map, "max_memory": max_memory, "dtype": dtype}
+    if checkpoint.quantize_config is None:
+        if cache_packed:
+            log.info("cache_packed: nothing is kept of a model without layers that GPTQ packed")
+        loaded = load_plain(checkpoint, decision, **placement, **kwargs)
+    else:
+        kwargs["cache_packed"] = cache_packed
+        loaded = load_packed(checkpoint, decision, progress=progress, **placement, **kwargs)
+        for layer in loaded.modules():
+            if isinstance(layer, QuantLinear):
+                layer.cpu_mode = cpu_mode
+    if load_in_4bit:
+        bitsandbytes.keep_ragged_layers(loaded)
+    if adapters is not None:
         from ropewalk.loader.lora import load_lora
 
-        loaded = load_lora(loaded, lora)
+        loaded = load_lora(loaded, adapters)
     return loaded, load_tokenizer(checkpoint)
 
 
-def load_model(checkpoint: Checkpoint, decision: RopeDecision, **kwargs: Any) -> Any:
-    """Build the model of a checked checkpoint; `kwargs` go to transformers' `from_pretrained`.
+def _adapters(lora: Any, hub: Mapping[str, Any]) -> Any:
+    """Return the adapters with a folder for each name, found before the model is loaded."""
+    if isinstance(lora, Mapping):
+        return {name: find_adapter(adapter, **hub) for name, adapter in lora.items()}
+    if isinstance(lora, (str, Path)):
+        return find_adapter(lora, **hub)
+    return [find_adapter(adapter, **hub) for adapter in lora]
+
+
+def _only_known(kwargs: Mapping[str, Any]) -> None:
+    unknown = sorted(set(kwargs) - {"attn_implementation"})
+    if unknown:
+        raise UsageError(f"load: expected of a packed model only attn_implementation besides, found {unknown[0]}")
+
+
+def load_packed(
+    checkpoint: Checkpoint,
+    decision: RopeDecision,
+    *,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool | Progress = False,
+    cache_packed: bool = False,
+    model_class: Any = None,
+    **options: Any,
+) -> Any:
+    """Build the model of a checked checkpoint, read its tensors to their devices, and settle its rope.
+
+    Args:
+        model_class: a class of transformers; by default the causal language model of the config.
+        options: `attn_implementation`. The others are those of `load`.
+
+    Raises:
+        as `load`. Whatever is raised, nothing of the model stays in memory.
+    """
+    from ropewalk.loader import quantizer
+
+    placed_dtype = as_dtype(dtype, device_map)
+    built = skeleton.build(checkpoint, decision, placed_dtype, model_class, **options)
+    placed = place.plan(built.model, device_map, max_memory, placed_dtype)
+    total = checkpoint.nbytes()
+    try:
+        device_of = place.device_of(placed)
+        with (
+            _Bar(progress, total) as bar,
+            packed_cache.cached_layers(cache_packed, built, checkpoint, device_of) as cached,
+        ):
+            fill.fill(built, checkpoint, device_of, placed_dtype, bar.update, cached)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        del built
+        gc.collect()
+        free = place.free_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+        raise NotEnoughMemoryError(" and ".join(sorted({str(d) for d in placed.values()})), total, free) from error
+    model = built.model
+    dtypes = {target: checkpoint.tensors[name].dtype for name, target in built.plain.items()}
+    quantizer.attach(model, checkpoint, dtypes)
+    _load_generation_config(model, checkpoint)
+    quantizer.install_rope(model, decision)
+    model.eval()
+    place.dispatch(model, placed)
+    peft_hook.enable()
+    return model
+
+
+class _Bar:
+    """Progress over bytes: a bar on a terminal, a function to call, or nothing."""
+
+    def __init__(self, progress: bool | Progress, total: int):
+        self._call = progress if callable(progress) else None
+        self._show = progress is True and sys.stderr.isatty()
+        self._done, self._total = 0, total
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self._show:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc="loading", unit="B", unit_scale=True, leave=False)
+        return self
+
+    def update(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        if self._call is not None:
+            self._call(self._done, self._total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _load_generation_config(model: Any, checkpoint: Checkpoint) -> None:
+    """Read generation_config.json where there is one.
+
+    Raises:
+        CheckpointError: one that transformers refuses.
+    """
+    from transformers import GenerationConfig
+
+    file = checkpoint.folder / "generation_config.json"
+    if file.is_file() and model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except Exception as error:  # whatever is raised for a file that is at fault
+            raise CheckpointError(file, "a generation config that transformers can read", error) from error
+
+
+def load_plain(
+    checkpoint: Checkpoint, decision: RopeDecision, *, dtype: torch.dtype | str | None, device_map: Any, **kwargs: Any
+) -> Any:
+    """Load float weights by transformers' `from_pretrained`, to which `kwargs` go, with the rope decided.
 
     Raises:
         CheckpointError: an architecture that transformers does not have.
         MissingTensorsError: tensors that the model needs and the checkpoint lacks, or the reverse.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from ropewalk.loader import quantizer
 
-    quantizer.register()
-    model_type = checkpoint.config["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(checkpoint.folder / "config.json", "a model_type of transformers", repr(model_type))
-    raw = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
-    if decision.parameters:
-        raw.pop("rope_scaling", None)
-        raw["rope_parameters"] = decision.parameters
-    config = CONFIG_MAPPING[model_type].from_dict(raw)
-    if checkpoint.quantize_config is not None:
-        config.quantization_config = quantizer.request(checkpoint.quantize_config)
+    if kwargs.get("max_memory") is None:
+        kwargs.pop("max_memory", None)
+    if device_map is None:
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    config = skeleton.model_config(checkpoint, decision)
     if len(checkpoint.files) == 1:
         config.transformers_weights = checkpoint.files[0].name
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        config=config,
-        output_loading_info=True,
-        use_safetensors=True,
-        local_files_only=True,
-        **kwargs,
-    )
+    with skeleton.BUILDING:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            output_loading_info=True,
+            local_files_only=True,
+            dtype=as_dtype(dtype, device_map),
+            device_map=device_map,
+            **kwargs,
+        )
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights  # or it would be saved, and name a file that is not there
     _check_complete(checkpoint, loaded)
@@ -116,9 +270,7 @@ def load_model(checkpoint: Checkpoint, decision: RopeDecision, **kwargs: Any) ->
 
 def _check_complete(checkpoint: Checkpoint, loaded: dict[str, Any]) -> None:
     """Refuse a model with a weight that was not in the file, or a file with one that is not in the model."""
-    # Persisted by transformers up to 4.31: rotary frequencies and attention biases, computed afresh today.
-    old = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
-    unexpected = sorted(name for name in loaded["unexpected_keys"] if not name.endswith(old))
+    unexpected = sorted(name for name in loaded["unexpected_keys"] if not name.endswith(skeleton.OLD_BUFFERS))
     missing = sorted(loaded["missing_keys"])
     mismatched = sorted(str(m[0] if isinstance(m, (tuple, list)) else m) for m in loaded["mismatched_keys"])
     if missing:
@@ -159,6 +311,8 @@ def as_dtype(dtype: torch.dtype | str | None, device_map: Any) -> torch.dtype:
         UsageError: not a name of one.
     """
     if dtype is None:
+        if device_map is None or device_map in place.PLANS:
+            return torch.float16 if torch.cuda.is_available() else torch.float32
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         return torch.float32 if all(str(place) == "cpu" for place in places) else torch.float16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -115,6 +115,9 @@ class QuantLinear(KeepsDtypes):
         """
         self._leave_execution()
         check_values({"scales": self.scales} if self.g_idx is None else {"scales": self.scales, "g_idx": self.g_idx})
+        self._enter_execution()
+
+    def _enter_execution(self) -> None:
         zeros = None
         if not is_symmetric(self.qzeros, self.bits, self.checkpoint_format):
             v1 = self.checkpoint_format == "gptq"
@@ -170,6 +173,32 @@ class QuantLinear(KeepsDtypes):
             setattr(self, name, tensor)
         self._forget()
 
+    def fill(self, parts: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the tensors of a checkpoint and be ready; nothing of the given memory is kept.
+
+        Args:
+            parts: "qweight", "qzeros", "scales" and, as this layer has them, "g_idx" and "bias", of values that
+                were checked (`ropewalk.gptq.format.check_values`).
+            device: where the layer is to be.
+        """
+        self._forget()
+        self.g_idx = None
+        for name in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+            if name in parts:
+                setattr(self, name, parts[name].to(device))
+        self._enter_execution()
+        given = {tensor.data_ptr() for tensor in parts.values()}
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.data_ptr() in given:
+                setattr(self, name, tensor.clone())
+        if self._layout == "checkpoint":
+            self._enter_execution()  # what it derives there may be the buffers themselves
+
+    @property
+    def computes_exactly(self) -> bool:
+        """Whether its mode on the CPU is "exact"."""
+        return (self._default_mode if self.cpu_mode is None else self.cpu_mode) == "exact"
+
     def drop_g_idx(self) -> None:
         """Do without g_idx, for checkpoints that have none: row k is in group k // group_size."""
         self.register_buffer("g_idx", None)
@@ -192,7 +221,7 @@ class QuantLinear(KeepsDtypes):
                 self.bits,
                 self.group_size,
                 self.outfeatures,
-                self._default_mode == "exact" if self.cpu_mode is None else self.cpu_mode == "exact",
+                self.computes_exactly,
             )
         if self._layout == "gpu":
             return torch.ops.ropewalk.packed_linear(

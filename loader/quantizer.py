@@ -1,33 +1,23 @@
-"""How transformers builds and loads a packed model: its quantizer interface, filled in by us.
+"""What makes a loaded model one that transformers, PEFT and the like know as a GPTQ model, and its rotary embedding.
 
-`RopewalkQuantizer` puts a QuantLinear in place of every linear layer that the checkpoint holds packed,
-while the model is still on the meta device; transformers then loads the buffers as it loads anything.
-It is registered under a name of its own, which `load` asks for, so transformers keeps its own quantizers;
-`ropewalk.patch()` also puts it where transformers looks for "gptq".
+transformers asks a quantized model's `hf_quantizer` whether it can be saved, trained and compiled, and what its
+`state_dict` is; ours is attached to what `ropewalk.load` has built.
 """
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.quantizers import auto
+from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from ropewalk.errors import FormatError, MissingTensorsError
-from ropewalk.gptq.format import infer_features
 from ropewalk.loader import apply_rotary
-from ropewalk.loader.quant_linear import QuantLinear
-from ropewalk.loader.quantize_config import QuantizeConfig, parse_quantize_config
+from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.rope import RopeDecision, decide_rope
-from ropewalk.loader.rotary import RopewalkRotaryEmbedding, register_rope_types
-from ropewalk.loader.safetensors_file import TensorEntry, read_header
-
-METHOD = "ropewalk"
+from ropewalk.loader.rotary import RopewalkRotaryEmbedding
 
 # Families whose rotary module is Llama's by another name: half-rotated, one inv_freq for all layers.
 ROTARY_CLASSES = frozenset(
@@ -36,51 +26,51 @@ ROTARY_CLASSES = frozenset(
 
 
 class RopewalkConfig(QuantizationConfigMixin):
-    """A GPTQ config that makes transformers ask for our quantizer; it is saved as the "gptq" it came from."""
+    """The GPTQ settings of a model, in AutoGPTQ's keys, as config.json has them.
 
-    def __init__(self, **raw: Any):
-        raw.pop("quant_method", None)
-        settings = parse_quantize_config({**raw, "quant_method": "gptq"}, "quantization_config")
-        self.quant_method = METHOD
-        self.bits, self.group_size = settings.bits, settings.group_size
-        self.desc_act, self.sym = settings.desc_act, settings.sym
-        self.checkpoint_format = settings.checkpoint_format
-        self.raw = raw
+    Args:
+        raw: as they were read.
+        known: what was found out besides.
+    """
+
+    def __init__(self, raw: dict[str, Any], **known: Any):
+        self.quant_method = QuantizationMethod.GPTQ
+        self.raw = {**raw, **known}
+        self.bits, self.group_size = known["bits"], known["group_size"]
+        self.desc_act, self.sym = known["desc_act"], raw.get("sym")
+        self.checkpoint_format = known["checkpoint_format"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` gets: AutoGPTQ's keys, readable by every GPTQ program."""
+        """Return what `config.json` gets, readable by every GPTQ program."""
         return {**copy.deepcopy(self.raw), "quant_method": "gptq"}
 
 
 class RopewalkQuantizer(HfQuantizer):
-    """Loads a checkpoint packed by GPTQ into QuantLinear layers, and settles its rotary embedding."""
+    """Answers transformers' questions about a model that is loaded already.
 
-    requires_calibration = True
+    Args:
+        quantization_config: its settings.
+        dtypes: name of a parameter -> its dtype in the checkpoint.
+    """
 
-    def __init__(self, quantization_config: Any, **kwargs: Any):
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, dtypes: dict[str, torch.dtype] | None = None, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.settings = parse_quantize_config(quantization_config.to_dict() | {"quant_method": "gptq"}, "config.json")
+        self._dtypes = dtypes or {}
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is needed besides this package."""
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what is saved: tensors that were widened when they were read have the file's dtype again, unless
+        they have changed since.
+        """
+        return {name: self._as_read(name, tensor) for name, tensor in model.state_dict().items()}, {}
 
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Any floating dtype will do; the scales keep their own."""
-        return dtype
-
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
-        replace_packed_layers(model, _headers(checkpoint_files or []), self.settings)
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                module.post_init()
-        install_rope(model)
-        # From here on it is a GPTQ model to whoever asks (PEFT refuses to merge into one, for example).
-        model.quantization_method = self.quantization_config.quant_method = QuantizationMethod.GPTQ
-        return model
+    def _as_read(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = self._dtypes.get(name, tensor.dtype)
+        if dtype == tensor.dtype:
+            return tensor
+        narrow = tensor.to(dtype)
+        return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the packed tensors as they were read."""
@@ -97,68 +87,25 @@ class RopewalkQuantizer(HfQuantizer):
         return True
 
 
-def request(settings: QuantizeConfig) -> dict[str, Any]:
-    """Return the `quantization_config` that makes transformers load with our quantizer."""
-    known = {
-        "bits": settings.bits,
-        "group_size": settings.group_size,
-        "desc_act": settings.desc_act,
-        "checkpoint_format": settings.checkpoint_format,
-        "quant_method": METHOD,
-    }
-    return {**settings.raw, **known}
+def attach(model: Any, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype]) -> None:
+    """Make a loaded model a GPTQ model to whoever asks (PEFT refuses to merge into one, for example).
 
-
-def register() -> None:
-    """Make transformers know the quantizer under the name "ropewalk". Calling it again changes nothing."""
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(RopewalkConfig)
-        auto.register_quantizer(METHOD)(RopewalkQuantizer)
-    register_rope_types()
-
-
-def _headers(files: list[str]) -> dict[str, TensorEntry]:
-    tensors: dict[str, TensorEntry] = {}
-    for file in files:
-        tensors.update(read_header(Path(file))[0])
-    return tensors
-
-
-def replace_packed_layers(model: Any, tensors: dict[str, TensorEntry], settings: QuantizeConfig) -> None:
-    """Put a QuantLinear, on the meta device, wherever the checkpoint has a qweight.
-
-    Raises:
-        MissingTensorsError: a packed layer that the model does not have as a linear layer.
-        FormatError: sizes that differ from the model's.
+    Args:
+        dtypes: name of a parameter -> its dtype in the checkpoint.
     """
-    for name, entry in tensors.items():
-        layer = name.removesuffix(".qweight")
-        if layer == name:
-            continue
-        try:
-            linear = model.get_submodule(layer)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            found = "none of that name" if linear is None else type(linear).__name__
-            raise MissingTensorsError(entry.file, f"a linear layer {layer} in {type(model).__name__}", found)
-        in_features, out_features = infer_features(entry.shape, settings.bits)
-        if (in_features, out_features) != (linear.in_features, linear.out_features):
-            expected = f"a layer of {linear.in_features} inputs and {linear.out_features} outputs (config.json)"
-            raise FormatError(layer, expected, f"{in_features} and {out_features}", str(entry.file))
-        parent, _, attribute = layer.rpartition(".")
-        packed = QuantLinear(
-            settings.bits,
-            settings.group_size,
-            in_features,
-            out_features,
-            f"{layer}.bias" in tensors,
-            checkpoint_format=settings.checkpoint_format,
-            device="meta",
-        )
-        if f"{layer}.g_idx" not in tensors:
-            packed.drop_g_idx()
-        setattr(model.get_submodule(parent), attribute, packed)
+    settings = checkpoint.quantize_config
+    assert settings is not None
+    config = RopewalkConfig(
+        dict(settings.raw),
+        bits=settings.bits,
+        group_size=settings.group_size,
+        desc_act=settings.desc_act,
+        checkpoint_format=settings.checkpoint_format,
+    )
+    model.hf_quantizer = RopewalkQuantizer(config, dtypes, pre_quantized=True)
+    model.config.quantization_config = config
+    model.quantization_method = QuantizationMethod.GPTQ
+    model.is_quantized = True
 
 
 def install_rope(model: Any, decision: RopeDecision | None = None) -> None:

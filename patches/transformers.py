@@ -1,81 +1,163 @@
 """transformers: `from_pretrained` on a GPTQ folder computes with our layers, our rope types have names, and
 the rotary embedding of every half-rotated family is one kernel on a GPU.
 
-What is changed, all of it undone by `revert`: the entry "gptq" of transformers' table of quantizers, which
-otherwise asks for optimum and gptqmodel; `apply_rotary_pos_emb` of the modeling modules that are imported (see
-`ropewalk.loader.apply_rotary`); and `PreTrainedModel.__init__`, so as to do that for the ones to come.
+What is changed, all of it undone by `revert`: `PreTrainedModel.from_pretrained`, which otherwise asks for optimum and
+gptqmodel; `apply_rotary_pos_emb` of the modeling modules that are imported (see `ropewalk.loader.apply_rotary`); and
+`PreTrainedModel.__init__`, so as to do that for the ones to come.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import UsageError
 
-_original: Any = None
-_original_init: Any = None
+# What from_pretrained takes that means nothing for a packed folder on this machine, or is settled by it.
+_WITHOUT_MEANING = frozenset(
+    {
+        *("cache_dir", "force_download", "local_files_only", "token", "use_auth_token", "revision", "code_revision"),
+        *("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "proxies", "user_agent", "subfolder"),
+        *("weights_only", "adapter_kwargs", "quantization_config", "_commit_hash", "_from_auto", "_from_pipeline"),
+        *("ignore_mismatched_sizes", "offload_buffers", "use_kernels", "tqdm_class", "resume_download"),
+    }
+)
+
+# What was there before: names of PreTrainedModel -> their values; empty while nothing is patched.
+_originals: dict[str, Any] = {}
 
 
 def apply() -> str:
-    """Patch transformers; return one line that says what was done. Doing it twice changes nothing."""
-    global _original
-    from transformers.quantizers import auto
+    """Patch transformers; return one line that says what was done. Doing it twice changes nothing.
 
-    from ropewalk.loader import apply_rotary, quantizer
+    Raises:
+        UsageError: a transformers whose methods have other arguments than are known here; nothing is changed then.
+    """
+    from transformers import PreTrainedModel
 
-    quantizer.register()
+    from ropewalk.loader import apply_rotary
+    from ropewalk.loader.rotary import register_rope_types
+
+    if not _originals:
+        _expect("PreTrainedModel", PreTrainedModel.__init__, "config")
+        _expect("from_pretrained", PreTrainedModel.from_pretrained.__func__, "pretrained_model_name_or_path")
+        _originals.update({name: PreTrainedModel.__dict__[name] for name in ("__init__", "from_pretrained")})
+        PreTrainedModel.__init__ = _init(PreTrainedModel.__init__)
+        PreTrainedModel.from_pretrained = classmethod(_from_pretrained(PreTrainedModel.from_pretrained.__func__))
+    register_rope_types()
     apply_rotary.replace_imported()
-    _watch_models()
-    if auto.AUTO_QUANTIZER_MAPPING["gptq"] is not quantizer.RopewalkQuantizer:
-        _original = auto.AUTO_QUANTIZER_MAPPING["gptq"]
-        auto.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer.RopewalkQuantizer
     return (
         "transformers: GPTQ checkpoints load with ropewalk; rope types partial-ntk, ntk-by-parts and ntk registered; "
         "half-rotated families rotate q and k in one kernel on a GPU"
     )
 
 
-def _watch_models() -> None:
+def _expect(name: str, method: Any, second: str) -> None:
+    found = list(inspect.signature(method).parameters)
+    if found[1:2] != [second]:
+        raise UsageError(f"transformers: expected {name}({second}, ...), found ({', '.join(found[1:])})")
+
+
+def _init(original: Any) -> Any:
     """Have `apply_rotary_pos_emb` of a family replaced when the first of its models is built, however it is."""
-    global _original_init
-    from transformers import PreTrainedModel
-
     from ropewalk.loader import apply_rotary
-
-    if _original_init is not None:
-        return
-    original = PreTrainedModel.__init__
-    found = list(inspect.signature(original).parameters)
-    if found[:2] != ["self", "config"]:
-        raise UsageError(f"transformers: expected PreTrainedModel(config, ...), found ({', '.join(found[1:])})")
 
     @functools.wraps(original)
     def init(self: Any, config: Any, *inputs: Any, **kwargs: Any) -> None:
         apply_rotary.replace(type(self).__module__)
         original(self, config, *inputs, **kwargs)
 
-    PreTrainedModel.__init__ = init
-    _original_init = original
+    return init
+
+
+def _from_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = None if args else _packed(pretrained_model_name_or_path, kwargs)
+        if checkpoint is None:
+            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return _load(cls, checkpoint, kwargs)
+
+    return from_pretrained
+
+
+def _packed(name: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the checkpoint that a call means, or None where it is not one that GPTQ packed."""
+    from ropewalk.loader.checkpoint import open_checkpoint
+    from ropewalk.loader.source import find_source
+
+    if name is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        stated = getattr(kwargs.get("config"), "quantization_config", None)
+        method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+        if str(getattr(method, "value", method)) != "gptq":
+            return None
+        given = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        folder = find_source(str(name), **given).folder
+    return open_checkpoint(folder) if _is_packed(folder) else None
+
+
+def _is_packed(folder: Path) -> bool:
+    """Tell whether a folder says that GPTQ packed it, or holds packed layers without saying so."""
+    from ropewalk.loader.quantize_config import CONFIG_KEY, FILES, read_json
+    from ropewalk.loader.safetensors_file import read_header
+
+    if any((folder / name).is_file() for name in FILES):
+        return True
+    if not (folder / "config.json").is_file():
+        return False
+    stated = read_json(folder / "config.json").get(CONFIG_KEY)
+    if stated is not None:
+        return isinstance(stated, dict) and stated.get("quant_method") == "gptq"
+    return any(name.endswith(".qweight") for file in folder.glob("*.safetensors") for name in read_header(file)[0])
+
+
+def _load(cls: Any, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a packed checkpoint as `from_pretrained` would, with its defaults: the config's dtype, and the CPU."""
+    import torch
+
+    from ropewalk.loader.load import load_packed
+    from ropewalk.loader.rope import decide_rope
+
+    options = {key: value for key, value in kwargs.items() if key not in _WITHOUT_MEANING and value is not None}
+    config = options.pop("config", None)
+    generation_config = options.pop("generation_config", None)
+    with_info = options.pop("output_loading_info", False)
+    dtype = options.pop("dtype", options.pop("torch_dtype", "auto"))
+    if config is not None:
+        # It may be the caller's own, with another rope for example; what it does not know is as in the file.
+        checkpoint = replace(checkpoint, config={**checkpoint.config, **config.to_dict()})
+    if dtype == "auto":
+        stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+        dtype = stated if isinstance(stated, torch.dtype) else str(stated).removeprefix("torch.")
+    known = {key: options.pop(key) for key in ("device_map", "max_memory", "attn_implementation") if key in options}
+    if options:
+        raise UsageError(f"from_pretrained: expected no {sorted(options)[0]} for a packed model, found one")
+    known.setdefault("device_map", "cpu")
+    decision = decide_rope(checkpoint.config)
+    model = load_packed(checkpoint, decision, dtype=dtype, model_class=cls, progress=True, **known)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, info) if with_info else model
 
 
 def revert() -> str:
-    """Give transformers its own quantizer and functions back; models that are loaded keep their layers."""
-    global _original, _original_init
+    """Give transformers its own methods and functions back; models that are loaded keep their layers."""
     from ropewalk.loader import apply_rotary
 
     apply_rotary.restore()
-    if _original_init is not None:
+    if _originals:
         from transformers import PreTrainedModel
 
-        PreTrainedModel.__init__ = _original_init
-        _original_init = None
-    if _original is not None:
-        from transformers.quantizers import auto
-
-        auto.AUTO_QUANTIZER_MAPPING["gptq"] = _original
-        _original = None
+        for name, original in _originals.items():
+            setattr(PreTrainedModel, name, original)
+        _originals.clear()
     return "transformers: as it was"
 
 
@@ -87,4 +169,4 @@ def status() -> dict[str, Any]:
         installed: str | None = version("transformers")
     except PackageNotFoundError:
         installed = None
-    return {"package": "transformers", "version": installed, "applied": _original is not None}
+    return {"package": "transformers", "version": installed, "applied": bool(_originals)}

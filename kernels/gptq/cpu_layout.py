@@ -28,6 +28,7 @@ from ropewalk.gptq.format import unpack
 
 COLUMNS = 32
 BLOCK = 32
+LAYOUT = 1  # to count up when any of this changes: files keep it (ropewalk.loader.packed_cache)
 
 
 def block_count(in_features: int, group_size: int) -> int:
@@ -62,8 +63,9 @@ def tile_columns(values: Tensor) -> Tensor:
     """Return [G, N] as [tiles, G, 32], the last tile filled up with zeros."""
     groups, columns = values.shape
     tiles = math.ceil(columns / COLUMNS)
-    padded = torch.nn.functional.pad(values, (0, tiles * COLUMNS - columns))
-    return padded.reshape(groups, tiles, COLUMNS).transpose(0, 1).contiguous()
+    if columns % COLUMNS:
+        values = torch.nn.functional.pad(values, (0, tiles * COLUMNS - columns))
+    return values.reshape(groups, tiles, COLUMNS).transpose(0, 1).contiguous()
 
 
 def untile_columns(values: Tensor, columns: int) -> Tensor:

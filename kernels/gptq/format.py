@@ -227,16 +227,22 @@ def check_values(tensors: Mapping[str, Tensor], *, prefix: str = "", file: str =
         FormatError: naming the first tensor at fault.
     """
     scales = tensors["scales"]
-    if not bool(torch.isfinite(scales.to(torch.float16)).all()):
+    if scales.numel() and not _fits_float16(scales):
         kind = "finite numbers" if scales.dtype == torch.float16 else "numbers that float16 can hold"
         raise FormatError(prefix + "scales", kind, "NaN or infinity", file)
     g_idx = tensors.get("g_idx")
     if g_idx is None:
         return
     groups = scales.shape[0]
-    low, high = int(g_idx.min()), int(g_idx.max())
+    low, high = (int(n) for n in g_idx.aminmax())
     if low < 0 or high >= groups:
         raise FormatError(prefix + "g_idx", f"group numbers from 0 to {groups - 1}", f"{low} to {high}", file)
+
+
+def _fits_float16(values: Tensor) -> bool:
+    """Tell whether all are finite, also once they are float16."""
+    ends = torch.stack(values.aminmax())  # a NaN is both
+    return bool(torch.isfinite(ends.to(torch.float16)).all())
 
 
 def dequantize(
