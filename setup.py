@@ -50,8 +50,9 @@ REQUIRES = [
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
+    "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "packaging"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "bitsandbytes>=0.46.1", "packaging"],
     "lint": ["ruff", "mypy"],
 }
 
