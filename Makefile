@@ -49,7 +49,7 @@ sanitize: $(VENV)/installed
 		$(VENV)/bin/python -m pytest -p no:cacheprovider $(SANITIZED)
 
 oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
-	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py
+	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py tests/test_formats.py
 
 # All that there is to compare with on a CPU, in one run each.
 BENCH := $(VENV)-gptqmodel/bin/ropewalk bench

@@ -59,7 +59,10 @@ class Reader:
             OffsetsError: a file that is shorter than it was when its header was read.
         """
         entry = self._checkpoint.tensors[name]
-        return self._read_into(entry, torch.empty(entry.nbytes, dtype=torch.uint8))
+        memory = (
+            _huge_pages(entry.nbytes) if entry.nbytes >= 2 * _HUGE else torch.empty(entry.nbytes, dtype=torch.uint8)
+        )
+        return self._read_into(entry, memory[: entry.nbytes])
 
     def read_layer(self, layer: PackedLayer) -> dict[str, Tensor]:
         """Return the parts of a layer ("qweight", "qzeros", "scales", "g_idx", "bias") in the checkpoint layout of

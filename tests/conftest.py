@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ropewalk.gptq.format import dequantize, is_sequential, zeros_v1_to_v2
@@ -70,6 +70,71 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # biases on q, k and v
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "max_position_embeddings": 128},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "max_position_embeddings": 128},
+    # airoboros-mpt-30b-gpt4-1p4: ALiBi, q, k and v in one layer, tied embeddings, the config of MPT's own code of 2023
+    "mpt": {
+        "model_type": "mpt",
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": 8,
+            "attn_impl": "torch",
+            "attn_pdrop": 0,
+            "attn_type": "multihead_attention",
+            "attn_uses_sequence_id": False,
+            "clip_qkv": None,
+            "prefix_lm": False,
+            "qk_ln": False,
+            "softmax_scale": None,
+        },
+        "auto_map": {
+            "AutoConfig": "configuration_mpt.MPTConfig",
+            "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
+        },
+        "d_model": 96,
+        "emb_pdrop": 0,
+        "embedding_fraction": 1.0,
+        "expansion_ratio": 4,
+        "init_config": {"fan_mode": "fan_in", "init_div_is_residual": True, "name": "kaiming_normal_", "verbose": 0},
+        "init_device": "cpu",
+        "learned_pos_emb": True,
+        "logit_scale": None,
+        "loss_fn": "fused_crossentropy",
+        "max_seq_len": 128,
+        "n_heads": 2,
+        "n_layers": 2,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "resid_pdrop": 0,
+        "tokenizer_name": "mosaicml/mpt-30b",
+        "torch_dtype": "float16",
+        "transformers_version": "4.30.2",
+        "use_cache": False,
+        "verbose": 0,
+        "vocab_size": 96,
+    },
+    # bagel-8x7b-v0.2: two of eight experts, grouped queries, theta 1e6
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_key_value_heads": 1,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+    },
+    # Qwen1.5-MoE-A2.7B: experts that all tokens share beside those that are chosen
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+        "num_experts": 6,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "max_position_embeddings": 128,
+        "rope_theta": 1000000.0,
+    },
 }
 SIZES = {
     "vocab_size": 96,
@@ -85,6 +150,58 @@ SIZES = {
 }
 
 
+# How the Hub calls the MLP of a layer and gate, up and down of its experts, which transformers 5 keeps stacked.
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def config_of(arch: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return config.json of one of CONFIGS, with some of it changed."""
+    # MPT has names of its own for its sizes.
+    return {**({} if arch == "mpt" else SIZES), **CONFIGS[arch], **(sizes or {})}
+
+
+def to_hub(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a state dict of transformers 5 as checkpoints have it: experts one by one, tied tensors once."""
+    mlp, (gate, up, down) = EXPERT_NAMES.get(config["model_type"], ("mlp", ("", "", "")))
+    found = {}
+    for name, tensor in weights.items():
+        name = name.replace(".mlp.", f".{mlp}.")
+        experts = name.rpartition(".")[0]
+        if name.endswith(".gate_up_proj"):
+            for i, (first, second) in enumerate(t.chunk(2) for t in tensor):
+                found |= {f"{experts}.{i}.{gate}.weight": first, f"{experts}.{i}.{up}.weight": second}
+        elif name.endswith(".experts.down_proj"):
+            found |= {f"{experts}.{i}.{down}.weight": t for i, t in enumerate(tensor)}
+        elif not (name == "lm_head.weight" and config["model_type"] == "mpt"):
+            found[name] = tensor
+    return found
+
+
+def from_hub(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what `to_hub` was given."""
+    mlp, (gate, up, down) = EXPERT_NAMES.get(config["model_type"], ("mlp", ("", "", "")))
+    found: dict[str, torch.Tensor] = {}
+    stacks: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, tensor in weights.items():
+        name = name.replace(f".{mlp}.", ".mlp.")
+        experts, is_expert, rest = name.partition(".experts.")
+        if is_expert:
+            number, part, _ = rest.split(".")
+            stacks.setdefault(f"{experts}.experts", {}).setdefault(int(number), {})[part] = tensor
+        else:
+            found[name] = tensor
+    for experts, stack in stacks.items():
+        each = [stack[i] for i in range(len(stack))]
+        found[f"{experts}.gate_up_proj"] = torch.stack([torch.cat([e[gate], e[up]]) for e in each])
+        found[f"{experts}.down_proj"] = torch.stack([e[down] for e in each])
+    if config["model_type"] == "mpt":
+        found["lm_head.weight"] = found["transformer.wte.weight"]
+    return found
+
+
 def build_plain(config: dict[str, Any], seed: int = 0) -> Any:
     """Return a float16 model with weights large enough that a wrong one shows."""
     from transformers import AutoModelForCausalLM
@@ -94,7 +211,7 @@ def build_plain(config: dict[str, Any], seed: int = 0) -> Any:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4)
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -108,7 +225,7 @@ def make_plain() -> Callable[[Path], dict[str, torch.Tensor]]:
     """
 
     def make(folder: Path) -> dict[str, torch.Tensor]:
-        config = {**SIZES, **CONFIGS["airophin"]}
+        config = config_of("airophin")
         weights = {name: tensor.contiguous() for name, tensor in build_plain(config).state_dict().items()}
         old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
         save_file({**weights, **old}, folder / "model.safetensors")
@@ -119,8 +236,24 @@ def make_plain() -> Callable[[Path], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def make_float_model() -> Callable[..., tuple[dict[str, Any], Any, dict[str, torch.Tensor]]]:
+    """Return a function from one of CONFIGS to its config.json, a float16 model of it, and its weights as checkpoints
+    have them.
+    """
+
+    def make(arch: str, **sizes: Any) -> tuple[dict[str, Any], Any, dict[str, torch.Tensor]]:
+        config = config_of(arch, sizes)
+        model = build_plain(config)
+        return config, model, {name: t.contiguous() for name, t in to_hub(model.state_dict(), config).items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
-    """Return a function that writes a packed checkpoint and returns the dequantized weights, float32."""
+    """Return a function that writes a packed checkpoint and returns the dequantized weights, float32, under the
+    names of the checkpoint.
+    """
 
     def make(
         folder: Path,
@@ -136,17 +269,19 @@ def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
         with_g_idx: bool = True,
         extra: dict[str, torch.Tensor] | None = None,
         seed: int = 0,
+        sizes: dict[str, Any] | None = None,
     ) -> dict[str, torch.Tensor]:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**SIZES, **CONFIGS[arch]}
+        config = config_of(arch, sizes)
         model = build_plain(config, seed)
         tensors: dict[str, torch.Tensor] = {}
         plain: dict[str, torch.Tensor] = {}
-        linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear -= {n for n in linear if n.endswith(("lm_head", "shared_expert_gate"))}
         generator = torch.Generator().manual_seed(seed)
-        for name, tensor in model.state_dict().items():
+        for name, tensor in to_hub(model.state_dict(), config).items():
             layer, _, kind = name.rpartition(".")
-            if layer not in linear or kind != "weight":
+            if kind != "weight" or (layer not in linear and ".experts." not in layer):
                 tensors[name] = tensor.contiguous()
                 plain[name] = tensor.float()
                 continue
@@ -187,6 +322,22 @@ def dequantized(packed: dict[str, torch.Tensor], bits: int, group_size: int, che
 
 
 @pytest.fixture(scope="session")
+def dequantized_folder() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Return a function from a folder to its weights, float32, as `make_checkpoint` returns them."""
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        settings = json.loads((folder / "quantize_config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        for layer in [name.removesuffix(".qweight") for name in weights if name.endswith(".qweight")]:
+            packed = {part: weights.pop(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+            version = settings.get("checkpoint_format", "gptq")
+            weights[f"{layer}.weight"] = dequantized(packed, settings["bits"], settings["group_size"], version).t()
+        return {name: tensor.float().contiguous() for name, tensor in weights.items()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def reference_model() -> Callable[..., Any]:
     """Return a function that builds the plain float32 transformers model of a folder from dequantized weights,
     with the rotary embedding that `rope_parameters` name.
@@ -199,11 +350,12 @@ def reference_model() -> Callable[..., Any]:
         register_rope_types()
         raw = json.loads((folder / "config.json").read_text())
         raw.pop("quantization_config", None)
+        raw.pop("auto_map", None)
         if rope_parameters is not None:
             raw.pop("rope_scaling", None)
             raw["rope_parameters"] = rope_parameters
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), dtype=torch.float32)
-        model.load_state_dict(weights)
+        model.load_state_dict(from_hub(weights, raw))
         return model.eval()
 
     return build

@@ -5,6 +5,7 @@ Runs in the environment that `make oracle` makes; elsewhere it is skipped.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,13 @@ def test_a_gpu_that_is_not_there(float_model, tmp_path):
         ropewalk.quantize(float_model, tmp_path / "out", text=held_out_text()[:5000], device="cuda:7")
 
 
+def test_windows_that_gptqmodel_would_drop(float_model, tmp_path):
+    arguments = {"text": held_out_text()[:5000], "samples": 1}
+    with pytest.raises(UsageError, match="expected at least 1 sample of at least 11 tokens, found 1 of 10"):
+        ropewalk.quantize(float_model, tmp_path / "out", length=10, **arguments)
+    ropewalk.quantize(float_model, tmp_path / "out", length=11, group_size=32, **arguments)
+
+
 CASES = {
     "shipped": None,
     "3 bits, group 32": {"bits": 3},
@@ -206,16 +214,72 @@ def test_other_programs_compute_the_same(program, case, quantized, shipped_folde
     ids = torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"][:512])[None]
     with torch.inference_mode():
         ours = model(ids).logits
-    save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    python = AUTOGPTQ if program == "autogptq" else sys.executable
-    script = Path(__file__).with_name("oracle_logits.py")
-    arguments = [program, str(folder), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
-    done = subprocess.run([python, script, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = load_file(tmp_path / "logits.safetensors")["logits"]
+    theirs, who = logits_of(program, folder, ids, tmp_path)
     difference = (ours - theirs).abs().max().item()
-    who = done.stdout.strip().splitlines()[-1]
     with capsys.disabled():
         print(f"\n{case}: {who}; largest difference of the logits at 512 positions {difference:.1e}")
     assert difference < 1e-4
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def logits_of(program, folder, ids, work):
+    """Return the logits that another program computes, and what it says of itself."""
+    save_file({"ids": ids}, work / "ids.safetensors")
+    python = AUTOGPTQ if program == "autogptq" else sys.executable
+    script = Path(__file__).with_name("oracle_logits.py")
+    arguments = [program, str(folder), str(work / "ids.safetensors"), str(work / "logits.safetensors")]
+    done = subprocess.run([python, script, *arguments], capture_output=True, text=True, cwd=work)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(work / "logits.safetensors")["logits"], done.stdout.strip().splitlines()[-1]
+
+
+def named_by_gptqmodel(folder, copy):
+    """Copy a folder; a Mixtral gets the names of transformers 5 for its experts, the only ones that GPTQModel reads."""
+    shutil.copytree(folder, copy)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for old, new in (("block_sparse_moe", "mlp"), (".w1.", ".gate_proj."), (".w2.", ".down_proj.")):
+            name = name.replace(old, new)
+        tensors[name.replace(".w3.", ".up_proj.")] = tensor
+    write_weights(tensors.items(), copy)
+    return copy
+
+
+@pytest.mark.parametrize("arch", ["codellama", "qwen2", "mpt", "mixtral"])
+def test_architectures_that_gptqmodel_packs(
+    arch, shipped_folder, make_float_model, dequantized_folder, reference_model, tmp_path, capsys
+):
+    # More than the tokenizer's 2048: loaded for a Qwen2, it gets Qwen's own special tokens besides.
+    config, _, weights = make_float_model(arch, vocab_size=2112)
+    source, packed = tmp_path / "float", tmp_path / "packed"
+    source.mkdir()
+    write_weights(weights.items(), source)
+    write_json(source / "config.json", config)
+    for file in shipped_folder.glob("tokenizer*"):
+        shutil.copy(file, source)
+    ropewalk.quantize(source, packed, group_size=32, text=held_out_text()[:20_000], samples=16, length=64)
+    tensors = load_file(packed / "model.safetensors")
+    layers = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    assert {f"{layer}.weight" for layer in layers} <= weights.keys()  # the Hub's names
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in weights.items() if name in tensors)
+    dequantized = dequantized_folder(packed)
+    assert dequantized.keys() == weights.keys()
+    for layer in layers:  # each of them its own weight
+        exact = weights[f"{layer}.weight"].float()
+        assert (dequantized[f"{layer}.weight"] - exact).norm() < 0.3 * exact.norm(), layer
+    if arch == "mixtral":
+        orders = [tensors[f"model.layers.0.block_sparse_moe.experts.{i}.w1.g_idx"] for i in range(8)]
+        assert len({tuple(order.tolist()) for order in orders}) == 8  # of each expert's own tokens
+    ids = torch.randint(3, 2048, (1, 100), generator=torch.Generator().manual_seed(0))
+    model, _ = ropewalk.load(packed)
+    with torch.inference_mode():
+        ours, plain = model(ids).logits, reference_model(packed, dequantized)(ids).logits
+    copy = named_by_gptqmodel(packed, tmp_path / "copy")
+    theirs, who = logits_of("gptqmodel", copy, ids, tmp_path)
+    differences = [(ours - other).abs().max().item() for other in (plain, theirs)]
+    with capsys.disabled():
+        print(f"\n{arch}: {len(layers)} layers; {who}; largest difference of the logits at 100 positions", end=" ")
+        print("{:.1e} from transformers, {:.1e} from GPTQModel".format(*differences))
+    assert max(differences) < 1e-4
+    with torch.inference_mode():
+        assert torch.equal(ropewalk.load(copy)[0](ids).logits, ours)

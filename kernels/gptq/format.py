@@ -17,6 +17,7 @@ Everything here is bit-exact and runs on any device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -119,9 +120,16 @@ def is_symmetric(qzeros: Tensor, bits: int, checkpoint_format: str = "gptq") -> 
     """Tell whether every zero point is 2 ** (bits - 1), so that none of them need be read."""
     if qzeros.numel() == 0:
         return True
-    columns = qzeros.shape[1] * 32 // bits
-    expected = symmetric_zeros(1, columns, bits, checkpoint_format).to(qzeros.device)
-    return bool((qzeros == expected).all())
+    period = _symmetric_period(bits, checkpoint_format).to(qzeros.device)
+    if qzeros.shape[1] % len(period):
+        return False
+    return bool((qzeros.unflatten(1, (-1, len(period))) == period).all())
+
+
+@functools.cache
+def _symmetric_period(bits: int, checkpoint_format: str) -> Tensor:
+    """Return the words that symmetric zero points repeat: one, or three for 3 bits."""
+    return symmetric_zeros(1, _period(bits)[0], bits, checkpoint_format)[0]
 
 
 def group_count(in_features: int, group_size: int) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,12 +68,20 @@ def row_order(g_idx: Tensor | None, group_size: int) -> Tensor | None:
         return None
     if not has_even_groups(g_idx, group_size):
         raise FormatError("g_idx", f"{group_size} rows in every group but the last", "groups of other sizes")
-    return torch.argsort(g_idx.long(), stable=True).to(torch.int32)
+    if g_idx.is_cuda or int(g_idx.max()) > 0x7FFF:
+        return torch.argsort(g_idx.long(), stable=True).to(torch.int32)
+    # numpy sorts 16-bit integers by their digits, ten times as fast; a model has hundreds of layers.
+    return torch.from_numpy(np.argsort(g_idx.numpy().astype(np.int16), kind="stable").astype(np.int32))
 
 
 def has_even_groups(g_idx: Tensor | None, group_size: int) -> bool:
     """Tell whether every group but the last has group_size rows, in whatever order they stand."""
-    return g_idx is None or is_sequential(g_idx.sort().values.to(torch.int32), group_size)
+    if g_idx is None:
+        return True
+    rows = g_idx.shape[0]
+    size = rows if group_size == -1 else min(group_size, rows)
+    counts = torch.bincount(g_idx)
+    return len(counts) == math.ceil(rows / size) and bool((counts[:-1] == size).all())
 
 
 def supports(group_size: int, in_features: int) -> bool:
