@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ropewalk
 from ropewalk.errors import UsageError
@@ -202,24 +202,63 @@ def test_the_decode_step_compiles_whole(tmp_path, make_checkpoint):
         torch.testing.assert_close(found, model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
 
 
-def test_patch_lets_from_pretrained_do_it(tmp_path, make_checkpoint):
-    from transformers.quantizers import auto
+@pytest.fixture
+def patched():
+    ropewalk.patch()
+    ropewalk.patch()  # twice changes nothing
+    yield
+    ropewalk.unpatch()
+    ropewalk.unpatch()
 
+
+def test_patch_lets_from_pretrained_do_it(tmp_path, make_checkpoint):
     make_checkpoint(tmp_path, config_in="config.json")
     ours, _ = ropewalk.load(tmp_path)
-    stock = auto.AUTO_QUANTIZER_MAPPING["gptq"]
+    stock = PreTrainedModel.__dict__["from_pretrained"]
     with pytest.raises(ImportError, match="optimum"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     ropewalk.patch()
-    ropewalk.patch()  # twice changes nothing
     try:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     finally:
         ropewalk.unpatch()
-        ropewalk.unpatch()
-    assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is stock
+    assert PreTrainedModel.__dict__["from_pretrained"] is stock
     ids = torch.arange(3, 96)[None]
     assert torch.equal(model(ids).logits, ours(ids).logits)
     assert model.config.rope_parameters == PARTIAL
     with pytest.raises(ImportError, match="optimum"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["airophin", "mpt", "mixtral", "qwen2"])
+def test_patched_from_pretrained_takes_the_folders_of_2023(tmp_path, make_checkpoint, patched, arch):
+    make_checkpoint(tmp_path, arch, file="gptq_model-4bit-32g.safetensors")
+    ours, _ = ropewalk.load(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, torch_dtype=torch.float32, device_map="auto", trust_remote_code=False, output_loading_info=True
+    )
+    ids = torch.arange(3, 60)[None]
+    assert torch.equal(model(ids).logits, ours(ids).logits)
+    assert not any(info.values())
+    # The config's dtype is the default, as transformers has it.
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float16
+
+
+def test_patched_from_pretrained_follows_the_callers_config(tmp_path, make_checkpoint, patched):
+    make_checkpoint(tmp_path, config_in="config.json")
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, dtype="float32")
+    linear, _ = ropewalk.load(tmp_path, rope="linear:2")
+    ids = torch.arange(3, 60)[None]
+    assert torch.equal(model(ids).logits, linear(ids).logits)
+    with pytest.raises(UsageError, match="from_pretrained: expected no tp_plan for a packed model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, tp_plan="auto")
+
+
+def test_patched_from_pretrained_leaves_other_models_alone(tmp_path, make_plain, patched):
+    make_plain(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+    with pytest.raises(OSError, match="no-such-folder"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "no-such-folder")

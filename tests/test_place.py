@@ -1,4 +1,4 @@
-"""Which device each module goes to: what accelerate plans, what is refused, and that a split model computes the same."""
+"""Which device each module goes to: what accelerate plans, what is refused; a split model computes the same."""
 
 import pytest
 import torch
@@ -40,7 +40,9 @@ def test_a_gpu_is_taken_where_there_is_one(model, two_gpus):
 
 def size(model, prefix=""):
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return sum(t.numel() * min(t.itemsize, 2 if t.is_floating_point() else 8) for n, t in tensors if n.startswith(prefix))
+    return sum(
+        t.numel() * min(t.itemsize, 2 if t.is_floating_point() else 8) for n, t in tensors if n.startswith(prefix)
+    )
 
 
 def test_auto_counts_the_packed_bytes(model, two_gpus):
