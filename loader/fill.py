@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ropewalk.loader.arena import Arena
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.experts import PackedExperts
 from ropewalk.loader.halves import HALVES, HalfEmbedding, HalfLinear
@@ -51,6 +52,7 @@ def fill(
         if isinstance(module, PackedExperts)
     }
     stack_of = {layer: stack for stack in waiting for name in stack.names for layer in stack.layers(name)}
+    arena = Arena()
     with checkpoint.reader() as reader:
         for entry, layer_name in _in_order(checkpoint):
             if layer_name is None:
@@ -62,7 +64,7 @@ def fill(
             if layer_name in cached:
                 adopt(module, cached[layer_name])
             else:
-                module.fill(reader.read_layer(layer), device_of(names[module]))
+                module.fill(reader.read_layer(layer), device_of(names[module]), arena.empty)
             if stack := stack_of.get(module):
                 waiting[stack] -= 1
                 if waiting[stack] == 0:
@@ -142,7 +144,10 @@ def _set(model: Any, name: str, tensor: Tensor) -> Tensor:
     module = model.get_submodule(parent)
     if attribute in module._parameters:
         tensor = nn.Parameter(tensor, requires_grad=module._parameters[attribute].requires_grad)
-    setattr(module, attribute, tensor)
+        # Not by setattr: what that calls is changed for all modules while another thread builds a model.
+        module._parameters[attribute] = tensor
+    else:
+        setattr(module, attribute, tensor)
     return tensor
 
 
@@ -162,5 +167,7 @@ def _tie(skeleton: Skeleton) -> None:
         module = model.get_submodule(name)
         if attribute == "weight" and type(module) is nn.Linear and not isinstance(weight, nn.Parameter):
             _replace(model, name, HalfLinear(weight, None if module.bias is None else module.bias.detach()))
+        elif isinstance(weight, nn.Parameter):
+            module._parameters[attribute] = weight  # as in _set
         else:
             setattr(module, attribute, weight)

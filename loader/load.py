@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from ropewalk.errors import CheckpointError, MissingTensorsError, NotEnoughMemoryError, UsageError
+from ropewalk.errors import (
+    CheckpointError,
+    FormatError,
+    MissingTensorsError,
+    NotEnoughMemoryError,
+    RopewalkError,
+    UsageError,
+)
 from ropewalk.gptq.cpu_ops import check_mode
 from ropewalk.loader import fill, packed_cache, peft_hook, place, skeleton
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
@@ -85,7 +92,7 @@ def load(
     adapters = None if lora is None else _adapters(lora, hub)
     source = find_source(model, revision=revision, **hub)
     checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
-    decision = decide_rope(checkpoint.config, rope)
+    decision = decide_rope(checkpoint.config, rope, checkpoint.folder / "config.json")
     log.info("rope: %s, since %s", decision, decision.why)
     for warning in (*checkpoint.warnings, *decision.warnings):
         log.warning("%s: %s", checkpoint.folder.name, warning)
@@ -97,6 +104,7 @@ def load(
         kwargs |= bitsandbytes.load_arguments(checkpoint, as_dtype(dtype, device_map))
     elif checkpoint.quantize_config is not None:
         _only_known(kwargs)
+    tokenizer = load_tokenizer(checkpoint)  # first, so that a fault in its files is found before the model is built
     placement = {"device_map": device_map, "max_memory": max_memory, "dtype": dtype}
     if checkpoint.quantize_config is None:
         if cache_packed:
@@ -113,8 +121,9 @@ def load(
     if adapters is not None:
         from ropewalk.loader.lora import load_lora
 
-        loaded = load_lora(loaded, adapters)
-    return loaded, load_tokenizer(checkpoint)
+        with skeleton.BUILDING:  # PEFT makes layers, too
+            loaded = load_lora(loaded, adapters)
+    return loaded, tokenizer
 
 
 def _adapters(lora: Any, hub: Mapping[str, Any]) -> Any:
@@ -159,6 +168,7 @@ def load_packed(
     built = skeleton.build(checkpoint, decision, placed_dtype, model_class, **options)
     placed = place.plan(built.model, device_map, max_memory, placed_dtype)
     total = checkpoint.nbytes()
+    generation_config = _read_generation_config(built.model, checkpoint)
     try:
         device_of = place.device_of(placed)
         with (
@@ -170,16 +180,18 @@ def load_packed(
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
         del built
+        _let_go(error)
         gc.collect()
-        free = place.free_memory()
-        if torch.cuda.is_available():
+        gpus = {device for device in placed.values() if device.type == "cuda"}
+        if gpus:
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0]
+        free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=place.free_memory())
         raise NotEnoughMemoryError(" and ".join(sorted({str(d) for d in placed.values()})), total, free) from error
     model = built.model
     dtypes = {target: checkpoint.tensors[name].dtype for name, target in built.plain.items()}
     quantizer.attach(model, checkpoint, dtypes)
-    _load_generation_config(model, checkpoint)
+    if generation_config is not None:
+        model.generation_config = generation_config
     quantizer.install_rope(model, decision)
     model.eval()
     place.dispatch(model, placed)
@@ -215,8 +227,17 @@ class _Bar:
             self._bar.close()
 
 
-def _load_generation_config(model: Any, checkpoint: Checkpoint) -> None:
-    """Read generation_config.json where there is one.
+def _let_go(error: BaseException | None) -> None:
+    """Drop the frames that an error was raised in: they hold what had been read of the model, for as long as the
+    error is looked at.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _read_generation_config(model: Any, checkpoint: Checkpoint) -> Any:
+    """Return what generation_config.json says, or None where there is none.
 
     Raises:
         CheckpointError: one that transformers refuses.
@@ -224,11 +245,13 @@ def _load_generation_config(model: Any, checkpoint: Checkpoint) -> None:
     from transformers import GenerationConfig
 
     file = checkpoint.folder / "generation_config.json"
-    if file.is_file() and model.can_generate():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-        except Exception as error:  # whatever is raised for a file that is at fault
-            raise CheckpointError(file, "a generation config that transformers can read", error) from error
+    if not file.is_file() or not model.can_generate():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # whatever is raised for a file that is at fault
+        expected = "a generation config that transformers can read"
+        raise CheckpointError(file, expected, skeleton.first_line(error)) from error
 
 
 def load_plain(
@@ -237,8 +260,10 @@ def load_plain(
     """Load float weights by transformers' `from_pretrained`, to which `kwargs` go, with the rope decided.
 
     Raises:
-        CheckpointError: an architecture that transformers does not have.
+        CheckpointError: an architecture that transformers does not have, or what else it cannot load.
         MissingTensorsError: tensors that the model needs and the checkpoint lacks, or the reverse.
+        FormatError: a tensor of another shape than the model's.
+        NotEnoughMemoryError: as `load`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -251,16 +276,27 @@ def load_plain(
     config = skeleton.model_config(checkpoint, decision)
     if len(checkpoint.files) == 1:
         config.transformers_weights = checkpoint.files[0].name
-    with skeleton.BUILDING:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            output_loading_info=True,
-            local_files_only=True,
-            dtype=as_dtype(dtype, device_map),
-            device_map=device_map,
-            **kwargs,
-        )
+    arguments = {
+        "output_loading_info": True,
+        "local_files_only": True,
+        "trust_remote_code": False,  # or transformers would ask whether to run what the folder has
+        "ignore_mismatched_sizes": True,  # it would not say which; we do
+        "dtype": as_dtype(dtype, device_map),
+        "device_map": device_map,
+    }
+    try:
+        with skeleton.BUILDING:
+            model, loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **arguments | kwargs)
+    except (RopewalkError, ImportError):  # one of ours, from a config; a package that is not installed
+        raise
+    except Exception as error:  # whatever transformers and safetensors raise for a checkpoint at fault
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        _let_go(error)
+        if out_of_memory:
+            gc.collect()
+            raise NotEnoughMemoryError(str(device_map), checkpoint.nbytes(), place.free_memory()) from error
+        expected = "a checkpoint that transformers can load"
+        raise CheckpointError(checkpoint.folder, expected, skeleton.first_line(error)) from error
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights  # or it would be saved, and name a file that is not there
     _check_complete(checkpoint, loaded)
@@ -273,6 +309,9 @@ def _check_complete(checkpoint: Checkpoint, loaded: dict[str, Any]) -> None:
     unexpected = sorted(name for name in loaded["unexpected_keys"] if not name.endswith(skeleton.OLD_BUFFERS))
     missing = sorted(loaded["missing_keys"])
     mismatched = sorted(str(m[0] if isinstance(m, (tuple, list)) else m) for m in loaded["mismatched_keys"])
+    if mismatched and mismatched[0] in checkpoint.tensors:
+        entry = checkpoint.tensors[mismatched[0]]
+        raise FormatError(entry.name, "the shape that config.json gives", list(entry.shape), str(entry.file))
     if missing:
         raise MissingTensorsError(checkpoint.folder, f"tensor {missing[0]}", _none_of(missing))
     if unexpected:
@@ -299,9 +338,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         log.warning("%s: no tokenizer files (%s)", checkpoint.folder.name, ", ".join(names))
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        # Without trust_remote_code=False it would ask on the terminal whether to run code of the folder.
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer library raises
-        raise CheckpointError(checkpoint.folder, "a tokenizer that transformers can read", error) from error
+        expected = "a tokenizer that transformers can read, without code of its own"
+        raise CheckpointError(checkpoint.folder, expected, skeleton.first_line(error)) from error
 
 
 def as_dtype(dtype: torch.dtype | str | None, device_map: Any) -> torch.dtype:

@@ -117,7 +117,7 @@ class QuantLinear(KeepsDtypes):
         check_values({"scales": self.scales} if self.g_idx is None else {"scales": self.scales, "g_idx": self.g_idx})
         self._enter_execution()
 
-    def _enter_execution(self) -> None:
+    def _enter_execution(self, empty: Callable[..., Tensor] = torch.empty) -> None:
         zeros = None
         if not is_symmetric(self.qzeros, self.bits, self.checkpoint_format):
             v1 = self.checkpoint_format == "gptq"
@@ -138,9 +138,9 @@ class QuantLinear(KeepsDtypes):
                 self._order = cpu_layout.row_map(order, self.infeatures, self.group_size)
                 self._zeros = None if each is None else cpu_layout.tile_columns(each)
                 blocks = cpu_layout.block_count(self.infeatures, self.group_size)
-                self.qweight = torch.ops.ropewalk.cpu_repack(self.qweight, self._order, self.bits, blocks)
+                self.qweight = cpu_layout.words_for(self.qweight, self._order, self.bits, blocks, empty)
                 self._scales_dtype = self.scales.dtype
-                self.scales = cpu_layout.scales_for_tiles(self.scales)
+                self.scales = cpu_layout.scales_for_tiles(self.scales, empty)
         self._layout = layout
         self._ready = True
 
@@ -173,20 +173,23 @@ class QuantLinear(KeepsDtypes):
             setattr(self, name, tensor)
         self._forget()
 
-    def fill(self, parts: Mapping[str, Tensor], device: torch.device) -> None:
+    def fill(
+        self, parts: Mapping[str, Tensor], device: torch.device, empty: Callable[..., Tensor] = torch.empty
+    ) -> None:
         """Take the tensors of a checkpoint and be ready; nothing of the given memory is kept.
 
         Args:
             parts: "qweight", "qzeros", "scales" and, as this layer has them, "g_idx" and "bias", of values that
                 were checked (`ropewalk.gptq.format.check_values`).
             device: where the layer is to be.
+            empty: gives the memory for what is rearranged on the CPU, called as torch.empty is.
         """
         self._forget()
         self.g_idx = None
         for name in ("qweight", "qzeros", "scales", "g_idx", "bias"):
             if name in parts:
                 setattr(self, name, parts[name].to(device))
-        self._enter_execution()
+        self._enter_execution(empty)
         given = {tensor.data_ptr() for tensor in parts.values()}
         for name, tensor in self._buffers.items():
             if tensor is not None and tensor.data_ptr() in given:

@@ -6,7 +6,6 @@ a file that shrinks meanwhile would end the process. Reading copies at the speed
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import OffsetsError
+from ropewalk.loader.arena import LARGE_PAGE, large_pages
 from ropewalk.loader.encodings import ENCODINGS
 from ropewalk.loader.packed_layer import PackedLayer
 from ropewalk.loader.safetensors_file import TensorEntry
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ropewalk.loader.checkpoint import Checkpoint
 
 _LINE = 64  # tensors in the shared memory begin at multiples of it
-_HUGE = 2 << 20
 
 
 class Reader:
@@ -60,7 +59,9 @@ class Reader:
         """
         entry = self._checkpoint.tensors[name]
         memory = (
-            _huge_pages(entry.nbytes) if entry.nbytes >= 2 * _HUGE else torch.empty(entry.nbytes, dtype=torch.uint8)
+            large_pages(entry.nbytes)
+            if entry.nbytes >= 2 * LARGE_PAGE
+            else torch.empty(entry.nbytes, dtype=torch.uint8)
         )
         return self._read_into(entry, memory[: entry.nbytes])
 
@@ -92,7 +93,7 @@ class Reader:
             size += -(-entry.nbytes // _LINE) * _LINE
         if size > self._scratch.numel():
             self._scratch = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
-            self._scratch = _huge_pages(size)
+            self._scratch = large_pages(size)
         return {key: self._read_into(entry, self._scratch[at : at + entry.nbytes]) for key, entry, at in places}
 
     def _read_into(self, entry: TensorEntry, memory: Tensor) -> Tensor:
@@ -114,12 +115,3 @@ def _read_all(file: int, entry: TensorEntry, memory: memoryview) -> None:
         if count == 0:
             raise OffsetsError(entry.file, f"{entry.nbytes} bytes of {entry.name}", f"{done}: the file has shrunk")
         done += count
-
-
-def _huge_pages(size: int) -> Tensor:
-    """Return memory in large pages where there are any: in small ones, touching it first takes longer than reading."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, -(-size // _HUGE) * _HUGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -78,7 +78,7 @@ void for_stripes(const Layer& layer, int64_t room, const F& f) {
   });
 }
 
-Tensor cpu_repack(const Tensor& qweight, const std::optional<Tensor>& rows, int64_t bits, int64_t blocks) {
+void cpu_repack_into(const Tensor& words, const Tensor& qweight, const std::optional<Tensor>& rows, int64_t bits) {
   check_bits(bits);
   TORCH_CHECK(qweight.dim() == 2 && qweight.scalar_type() == at::kInt && qweight.is_contiguous(),
               "qweight: expected contiguous int32 of 2 dimensions, found ", qweight.scalar_type(), " ",
@@ -86,16 +86,25 @@ Tensor cpu_repack(const Tensor& qweight, const std::optional<Tensor>& rows, int6
   TORCH_CHECK(bits != 3 || qweight.size(0) % 3 == 0, "qweight: expected 3-bit words in threes, found ",
               qweight.size(0));
   const int64_t in_features = qweight.size(0) * 32 / bits, columns = qweight.size(1);
+  check_words(words, bits, columns);
+  const int64_t blocks = words.size(1);
   const int32_t* order = checked_rows(rows, blocks, in_features);
   const Layer layer{static_cast<int>(bits), in_features, columns, blocks, order};
-  Tensor words = at::empty({ceil_div(columns, kColumns), blocks, kBlock * bits}, qweight.options());
-  ask_for_large_pages(words);
   const auto* from = static_cast<const uint32_t*>(qweight.const_data_ptr());
   auto* to = static_cast<uint8_t*>(words.mutable_data_ptr());
   const Kernels& chosen = kernels();
   for_stripes(layer, fields_room(layer), [&](int64_t stripe, uint32_t* scratch) {
     chosen.repack(layer, from, to, stripe, scratch);
   });
+}
+
+Tensor cpu_repack(const Tensor& qweight, const std::optional<Tensor>& rows, int64_t bits, int64_t blocks) {
+  check_bits(bits);
+  const int64_t columns = qweight.dim() == 2 ? qweight.size(1) : 0;
+  Tensor words =
+      at::empty({ceil_div(columns, kColumns), blocks, kBlock * bits}, qweight.options().dtype(at::kInt));
+  ask_for_large_pages(words);
+  cpu_repack_into(words, qweight, rows, bits);
   return words;
 }
 
@@ -169,6 +178,7 @@ Tensor cpu_dequantize(const Tensor& words, const Tensor& scales, const std::opti
 
 TORCH_LIBRARY_IMPL(ropewalk, CPU, m) {
   m.impl("cpu_repack", cpu_repack);
+  m.impl("cpu_repack_into", cpu_repack_into);
   m.impl("cpu_unpack", cpu_unpack);
   m.impl("cpu_dequantize", cpu_dequantize);
 }

@@ -19,6 +19,7 @@ in plain torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,11 +62,15 @@ def row_map(order: Tensor | None, in_features: int, group_size: int) -> Tensor |
 
 def tile_columns(values: Tensor) -> Tensor:
     """Return [G, N] as [tiles, G, 32], the last tile filled up with zeros."""
+    return _by_tiles(values).contiguous()
+
+
+def _by_tiles(values: Tensor) -> Tensor:
     groups, columns = values.shape
     tiles = math.ceil(columns / COLUMNS)
     if columns % COLUMNS:
         values = torch.nn.functional.pad(values, (0, tiles * COLUMNS - columns))
-    return values.reshape(groups, tiles, COLUMNS).transpose(0, 1).contiguous()
+    return values.reshape(groups, tiles, COLUMNS).transpose(0, 1)
 
 
 def untile_columns(values: Tensor, columns: int) -> Tensor:
@@ -73,9 +78,29 @@ def untile_columns(values: Tensor, columns: int) -> Tensor:
     return values.transpose(0, 1).reshape(values.shape[1], -1)[:, :columns].contiguous()
 
 
-def scales_for_tiles(scales: Tensor) -> Tensor:
-    """Return scales [G, N] as the kernels read them: float16 as they are, others in float32."""
-    return tile_columns(scales if scales.dtype == torch.float16 else scales.float())
+def scales_for_tiles(scales: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+    """Return scales [G, N] as the kernels read them, in memory of their own: float16 as they are, others in float32."""
+    tiles = _by_tiles(scales if scales.dtype == torch.float16 else scales.float())
+    return empty(tiles.shape, dtype=tiles.dtype).copy_(tiles)
+
+
+def words_for(
+    qweight: Tensor, rows: Tensor | None, bits: int, blocks: int, empty: Callable[..., Tensor] = torch.empty
+) -> Tensor:
+    """Return the words of a checkpoint as the kernels read them.
+
+    Args:
+        qweight: int32 [K * bits / 32, N].
+        rows: as `row_map` returns them.
+        blocks: as `block_count` returns them.
+        empty: gives the memory, called as torch.empty is.
+    """
+    if empty is torch.empty:
+        words: Tensor = torch.ops.ropewalk.cpu_repack(qweight, rows, bits, blocks)  # this asks for large pages
+        return words
+    words = empty((math.ceil(qweight.shape[1] / COLUMNS), blocks, BLOCK * bits), dtype=torch.int32)
+    torch.ops.ropewalk.cpu_repack_into(words, qweight, rows, bits)
+    return words
 
 
 def pack_reference(qweight: Tensor, rows: Tensor | None, bits: int, blocks: int) -> Tensor:

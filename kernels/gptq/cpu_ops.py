@@ -36,6 +36,7 @@ torch.library.define(
     "int out_features, bool exact) -> Tensor",
 )
 torch.library.define("ropewalk::cpu_repack", "(Tensor qweight, Tensor? rows, int bits, int blocks) -> Tensor")
+torch.library.define("ropewalk::cpu_repack_into", "(Tensor(a!) words, Tensor qweight, Tensor? rows, int bits) -> ()")
 torch.library.define(
     "ropewalk::cpu_unpack", "(Tensor words, Tensor? rows, int bits, int in_features, int out_features) -> Tensor"
 )

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ropewalk import errors as errors
+    from ropewalk.loader.convert import convert as convert
     from ropewalk.loader.inspect import inspect as inspect
     from ropewalk.loader.load import load as load
     from ropewalk.loader.quant_linear import QuantLinear as QuantLinear
@@ -27,6 +28,7 @@ _FACE = {
     "load": "ropewalk.loader.load",
     "inspect": "ropewalk.loader.inspect",
     "quantize": "ropewalk.loader.quantize",
+    "convert": "ropewalk.loader.convert",
     "patch": "ropewalk.patches",
     "unpatch": "ropewalk.patches",
     "QuantLinear": "ropewalk.loader.quant_linear",
