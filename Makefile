@@ -4,6 +4,7 @@
 #   make test     install, and run the tests
 #   make lint     ruff and mypy
 #   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
+#   make fuzz     50,000 checkpoints with faults, loaded or refused (Linux, 2 processes, 20 min.; COUNT=, SEED=, WORKERS=)
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
 #   make dev      install for work on the code: links that type checkers and editors can follow
@@ -18,7 +19,7 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint sanitize oracle bench-cpu dev small-model clean
+.PHONY: demo test lint sanitize fuzz oracle bench-cpu dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -47,6 +48,12 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(VENV)/bin/python -m pytest -p no:cacheprovider $(SANITIZED)
+
+COUNT ?= 50000
+SEED ?= 0
+WORKERS ?= 2
+fuzz: $(VENV)/installed
+	$(VENV)/bin/python tests/fuzz_checkpoints.py --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
 oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
 	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py tests/test_formats.py

@@ -1,4 +1,4 @@
-"""A Llama of random weights packed by our own tools, kept on disk: what `ropewalk bench decode` decodes with."""
+"""A Llama of random weights packed by our own tools, kept on disk: what `ropewalk bench decode` and `load` run on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ropewalk
-from ropewalk.bench.peers.weight import Weight
+from ropewalk.bench.peers.weight import Weight, random_weight
 from ropewalk.errors import FormatError, UsageError
 from ropewalk.gptq.format import expected_tensors
 from ropewalk.gptq.rtn import quantize_rtn
@@ -209,7 +209,7 @@ def model_cache() -> Path:
     return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ropewalk"), "bench").expanduser()
 
 
-def packed_model(name: str, packing: Packing, root: Path, device: torch.device) -> PackedModel:
+def packed_model(name: str, packing: Packing, root: Path, device: torch.device, *, rounded: bool = True) -> PackedModel:
     """Return a model from the cache, or make it: round normal random weights to nearest, and write the folder.
 
     The model with 1.1e9 parameters takes about 100 s on two cores, and 800 MB.
@@ -217,27 +217,36 @@ def packed_model(name: str, packing: Packing, root: Path, device: torch.device) 
     Args:
         root: the cache.
         device: where to round.
+        rounded: False for codes that are random themselves, which takes a hundredth of the time.
 
     Raises:
         UsageError: as `parse_shape`.
     """
     shape = parse_shape(name, packing)
-    folder = root / f"{name}-{packing.name}-{RECIPE}"
-    if not (folder / "config.json").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        try:
-            (work / "finished").mkdir()
-            _write(shape, packing, work / "finished", device)
-            shutil.rmtree(folder, ignore_errors=True)
-            (work / "finished").rename(folder)  # a folder of that name is always whole
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    folder = root / f"{name}-{packing.name}-{'' if rounded else 'random-'}{RECIPE}"
+    make_once(folder, lambda work: _write(shape, packing, work, device, rounded))
     return PackedModel(name, shape, packing, folder)
 
 
-def _write(shape: Shape, packing: Packing, folder: Path, device: torch.device) -> None:
-    write_weights(_tensors(shape, packing, device), folder)
+def make_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make a model's folder, unless it is there, by a function that writes into an empty one; a folder of that name
+    is always whole.
+    """
+    if (folder / "config.json").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (work / "finished").mkdir()
+        write(work / "finished")
+        shutil.rmtree(folder, ignore_errors=True)
+        (work / "finished").rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(shape: Shape, packing: Packing, folder: Path, device: torch.device, rounded: bool) -> None:
+    write_weights(_tensors(shape, packing, device, rounded), folder)
     settings = {
         "bits": packing.bits,
         "group_size": packing.group_size,
@@ -249,18 +258,23 @@ def _write(shape: Shape, packing: Packing, folder: Path, device: torch.device) -
         "meta": {"quantizer": [f"ropewalk:{ropewalk.__version__}"]},
     }
     write_json(folder / "quantize_config.json", {**settings, "model_file_base_name": "model"})
-    # One word for each token: the benchmark gives ids, but GPTQModel does not load a folder without a tokenizer.
+    write_tokenizer(shape, folder)
+    write_json(folder / "config.json", {**shape.config(), "quantization_config": settings})
+
+
+def write_tokenizer(shape: Shape, folder: Path) -> None:
+    """Write a tokenizer of one word for each token: benchmarks give ids, but GPTQModel loads no folder without one."""
     words = {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(shape.vocab)}, "unk_token": "t0"}
     write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "t1", "eos_token": "t2", "unk_token": "t0"},
     )
-    write_json(folder / "config.json", {**shape.config(), "quantization_config": settings})
 
 
-def _tensors(shape: Shape, packing: Packing, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _tensors(shape: Shape, packing: Packing, device: torch.device, rounded: bool) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator(device).manual_seed(0)
+    signs = torch.Generator().manual_seed(0)
 
     def normal(rows: int, columns: int) -> Tensor:
         # transformers' 0.02 at a width of 2048. With it at a width of 128 every token would attend to all others
@@ -270,8 +284,17 @@ def _tensors(shape: Shape, packing: Packing, device: torch.device) -> Iterator[t
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         yield name, normal(shape.vocab, shape.hidden).to("cpu", torch.float16)
     for name in shape.norms():
-        yield name, torch.ones(shape.hidden, dtype=torch.float16)
-    for layer, k, n in shape.linears():
+        ones = torch.ones(shape.hidden, dtype=torch.float16)
+        # Random codes have a mean that is not their zero point: without changes of sign all channels would become one.
+        yield name, ones if rounded else ones - 2 * torch.randint(2, ones.shape, generator=signs)
+    for seed, (layer, k, n) in enumerate(shape.linears()):
+        if not rounded:
+            weight = random_weight(k, n, **packing._asdict(), device=device, seed=seed)
+            # A quarter of its size is that of `normal`.
+            parts = {"qweight": weight.qweight, "qzeros": weight.qzeros, "scales": weight.scales / 4}
+            for part, tensor in {**parts, "g_idx": weight.g_idx}.items():
+                yield f"{layer}.{part}", tensor.cpu()
+            continue
         order = torch.randperm(k, device=device, generator=generator) if packing.desc_act else None
         packed = quantize_rtn(
             normal(n, k), bits=packing.bits, group_size=packing.group_size, sym=packing.sym, order=order

@@ -110,6 +110,51 @@ def plot_decode(rows: Sequence[Row], path: str, *, title: str, ours: str, most: 
     pyplot.close(figure)
 
 
+def plot_load(rows: Sequence[Row], path: str, *, title: str, ours: str, most: int = 6) -> None:
+    """Draw how long loading takes and how much memory, two panels for each model and a bar for each loader.
+
+    Args:
+        rows: as in a report; wrong results are left out.
+        path: the PNG to write.
+        most: models; more than these are left out, and the title says so.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    from ropewalk.plot import load_pyplot
+
+    pyplot = load_pyplot()
+    panels = _panels(rows)
+    shown = list(panels.items())[:most]
+    bars = [len(panel) for _, panel in shown]
+    size = (10, 0.7 + sum(0.9 + 0.3 * count for count in bars))
+    figure, axes = pyplot.subplots(
+        len(shown), 2, figsize=size, dpi=110, layout="constrained", squeeze=False, height_ratios=bars, sharey="row"
+    )
+    for (times, memory), (name, panel) in zip(axes, shown, strict=True):
+        ordered = sorted(panel, key=lambda row: -row["seconds"])
+        names = [row["kernel"] + (f", {row['dtype']}" if row["dtype"] else "") for row in ordered]
+        colours = ["C0" if row["kernel"] == ours else "0.7" if row["dtype"] else "0.85" for row in ordered]
+        for axis, key, factor, unit in ((times, "seconds", 1, "s"), (memory, "peak_bytes", 1e-9, "GB")):
+            values = [row[key] * factor for row in ordered]
+            axis.barh(names, values, color=colours, height=0.7)
+            for i, value in enumerate(values):
+                axis.annotate(f" {value:.3g} {unit}", (value, i), va="center", fontsize=8)
+            axis.set_xlim(0, 1.25 * max(*values, 1e-9))
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        packed = next((row for row in panel if row["kernel"] == ours), None)
+        if packed is not None:
+            memory.axvline(packed["checkpoint_bytes"] * 1e-9, color="0.4", linestyle=":")
+        times.set_title(name, fontsize=9, loc="left")
+        times.set_xlabel("seconds to load, after imports", fontsize=8)
+        memory.set_xlabel("peak of resident memory above imports, GB; dotted: the packed files", fontsize=8)
+    more = len(panels) - len(shown)
+    figure.suptitle(title + (f" ({more} more not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def plot_shares(rows: Sequence[Row], path: str, *, title: str, ours: str) -> None:
     """Draw which share of the read bandwidth each kernel reaches at M=1, a panel for each packing.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ropewalk.bench.load import load_summary
 from ropewalk.bench.peers.ours import OURS
 from ropewalk.bench.plots import plot_shares
 from ropewalk.bench.report import Row, case_name, decode_table
@@ -21,11 +22,11 @@ PEERS = ("llama.cpp", "torch-bf16", "torch-int4", "gptqmodel")
 
 
 def main() -> None:
-    """Read matmul.json and decode.json, print tables, and draw matmul-share.png."""
+    """Read matmul.json, decode.json and load.json, print tables, and draw matmul-share.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for name, show in (("matmul", _matmul), ("decode", _decode)):
+    for name, show in (("matmul", _matmul), ("decode", _decode), ("load", _load)):
         path = folder / f"{name}.json"
         if path.is_file():
             show(json.loads(path.read_text()), folder)
@@ -43,6 +44,11 @@ def _decode(found: dict[str, Any], folder: Path) -> None:
     for case in dict.fromkeys(case_name(row) for row in rows):
         print(f"\n{case}\n")
         print(decode_table([row for row in rows if case_name(row) == case], OURS))
+
+
+def _load(found: dict[str, Any], folder: Path) -> None:
+    for text in load_summary(found["results"], OURS):
+        print(text)
 
 
 def matmul_summary(rows: Sequence[Row]) -> str:

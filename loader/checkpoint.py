@@ -87,10 +87,11 @@ def open_checkpoint(
         raise UsageError(f"group_size: expected -1 or a positive number, found {group_size!r}")
     folder = Path(folder).expanduser()
     config = _read_config(folder)
-    sources = read_quantize_configs(folder, config)
+    sources, unreadable = read_quantize_configs(folder, config)
     base_names = (source.raw.get("model_file_base_name") for source in sources)
     weights = find_weights(folder, [name for name in base_names if isinstance(name, str) and name], file)
     tensors, warnings = read_tensors(weights)
+    warnings[:0] = unreadable
     checkpoint = Checkpoint(folder, config, weights.files, tensors, warnings=warnings)
     layers = find_layers(tensors)
     if not layers:

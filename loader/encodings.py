@@ -109,6 +109,8 @@ def find_layers(tensors: Mapping[str, TensorEntry]) -> dict[str, tuple[str, dict
     layers = {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
+        if not layer:
+            continue  # a layer has a name
         if part == "qweight":
             old = f"{layer}.zeros" in tensors and f"{layer}.qzeros" not in tensors
             encoding = ENCODINGS["gptq-for-llama" if old else "gptq"]

@@ -47,7 +47,7 @@ def main() -> int:
 
     model.layer_callback = Callback()
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["windows"]]
-    tokenizer = AutoTokenizer.from_pretrained(job["source"])
+    tokenizer = AutoTokenizer.from_pretrained(job["source"], trust_remote_code=False)
     model.quantize(calibration, tokenizer=tokenizer, batch_size=1)
     model.save(job["out"])
     tell(finished=True)

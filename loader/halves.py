@@ -85,4 +85,3 @@ class HalfEmbedding(KeepsDtypes, nn.Embedding):
 def _hold(module: nn.Module, weight: Tensor) -> None:
     del module.weight
     module.register_buffer("weight", weight)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,10 @@ def inspect(
     """
     source = find_source(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
-    decision = decide_rope(checkpoint.config, rope)
+    decision = decide_rope(checkpoint.config, rope, checkpoint.folder / "config.json")
     settings = checkpoint.quantize_config
     packed = sum(layer.nbytes() for layer in checkpoint.layers.values())
     total = checkpoint.nbytes()
-    architectures = checkpoint.config.get("architectures") or [checkpoint.config["model_type"]]
     return {
         "model": str(checkpoint.folder),
         "format": _format(checkpoint),
@@ -53,7 +53,7 @@ def inspect(
         "group_size": settings.group_size if settings else None,
         "desc_act": settings.desc_act if settings else None,
         "sym": _is_symmetric(checkpoint) if settings else None,
-        "architecture": architectures[0],
+        "architecture": _architecture(checkpoint.config),
         "rope": decision.as_dict(),
         "bytes": {
             "total": total,
@@ -77,6 +77,12 @@ def kernels() -> dict[str, str]:
 def _weights(checkpoint: Checkpoint) -> int:
     """Return how many weights the packed layers hold."""
     return sum(layer.in_features * layer.out_features for layer in checkpoint.layers.values())
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return the first of the classes that a config names, or its type where it names none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else str(config["model_type"])
 
 
 def _format(checkpoint: Checkpoint) -> str:

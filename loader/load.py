@@ -104,6 +104,7 @@ def load(
         kwargs |= bitsandbytes.load_arguments(checkpoint, as_dtype(dtype, device_map))
     elif checkpoint.quantize_config is not None:
         _only_known(kwargs)
+    skeleton.check_sizes(checkpoint)  # before transformers makes a config of them, as it does for a tokenizer, too
     tokenizer = load_tokenizer(checkpoint)  # first, so that a fault in its files is found before the model is built
     placement = {"device_map": device_map, "max_memory": max_memory, "dtype": dtype}
     if checkpoint.quantize_config is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import MissingFileError, PickleFileError, TensorEntryError, UnsafePickleError
-from ropewalk.loader.safetensors_file import DTYPES, TensorEntry, what_it_is
+from ropewalk.loader.safetensors_file import DTYPES, MAX_NAME, TensorEntry, is_name, what_it_is
 
 SUFFIXES = (".pt", ".pth", ".bin")
 SAFE_TORCH = (2, 10)  # the first whose weights_only mode has no known hole
@@ -99,6 +99,7 @@ def check_instructions(path: Path, zipped: bool) -> None:
         KeyError,
         EOFError,
         OverflowError,
+        OSError,  # places outside the file
         zipfile.BadZipFile,
         NotImplementedError,
     ) as error:
@@ -165,6 +166,9 @@ def _entries(path: Path, content: Any) -> tuple[dict[str, TensorEntry], list[str
         raise PickleFileError(path, "a dict from names to tensors", type(content).__name__)
     others = [name for name, value in content.items() if not isinstance(value, Tensor)]
     names = [name for name in content if name not in others and isinstance(name, str)]
+    for name in names:
+        if not is_name(name):
+            raise PickleFileError(path, f"names of at most {MAX_NAME} printable characters", repr(name)[:80])
     if not names:
         raise PickleFileError(path, "a dict from names to tensors", f"one without tensors ({_some(others)})")
     if others:

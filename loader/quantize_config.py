@@ -11,6 +11,7 @@ from typing import Any
 from ropewalk.errors import QuantizeConfigError
 from ropewalk.gptq.format import BITS
 from ropewalk.loader.dynamic import Rule, parse_dynamic
+from ropewalk.loader.safetensors_file import MAX_HEADER, is_moderate
 
 # Where it may stand; the last is the key of config.json.
 FILES = ("quantize_config.json", "quant_config.json")
@@ -196,26 +197,49 @@ def _check_marlin(values: Mapping[str, Any], source: object) -> None:
         raise QuantizeConfigError(source, "sym true in a Marlin checkpoint, which holds no zero points", "false")
 
 
-def read_quantize_configs(folder: Path, config: Mapping[str, Any]) -> list[QuantizeConfig]:
-    """Return the settings of every place in a folder that has some, those that count most first.
+def read_quantize_configs(folder: Path, config: Mapping[str, Any]) -> tuple[list[QuantizeConfig], list[str]]:
+    """Return the settings of every place in a folder that has some, those that count most first; and warnings of
+    files that are not JSON, which count as missing.
 
     Raises:
-        QuantizeConfigError: a file that cannot be read, or see `parse_quantize_config`.
+        QuantizeConfigError: settings that cannot be, see `parse_quantize_config`.
     """
-    paths = [folder / name for name in FILES if (folder / name).is_file()]
-    found = [parse_quantize_config(read_json(path), path) for path in paths]
+    found, warnings = [], []
+    for path in (folder / name for name in FILES):
+        if not path.is_file():
+            continue
+        try:
+            raw = read_json(path)
+            if not isinstance(raw, dict):
+                raise QuantizeConfigError(path, "a JSON object", type(raw).__name__)
+        except QuantizeConfigError as error:
+            warnings.append(f"{error}; the file is not used")
+        else:
+            found.append(parse_quantize_config(raw, path))
     if config.get(CONFIG_KEY) is not None:
         found.append(parse_quantize_config(config[CONFIG_KEY], f"{folder / 'config.json'}: {CONFIG_KEY}"))
-    return found
+    return found, warnings
 
 
 def read_json(path: Path) -> Any:
     """Return a parsed JSON file.
 
     Raises:
-        QuantizeConfigError: not UTF-8, or not JSON.
+        QuantizeConfigError: not a file that can be read, not UTF-8, not JSON, or more of it than there should be.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise QuantizeConfigError(path, "a JSON file", "none that is an ordinary file")
+        size = path.stat().st_size
+        if size > MAX_HEADER:
+            raise QuantizeConfigError(path, f"a JSON file of at most {MAX_HEADER} bytes", size)
+        text = path.read_bytes()
+        if not is_moderate(text):
+            raise QuantizeConfigError(path, "a JSON file of a moderate number of values", "one of more")
+        return json.loads(text.decode("utf-8"))
+    except OSError as error:
+        raise QuantizeConfigError(path, "a JSON file that can be read", error.strerror) from None
+    except QuantizeConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise QuantizeConfigError(path, "a JSON file", error) from None

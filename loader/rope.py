@@ -7,9 +7,12 @@ gives such a model the default embedding without a word, and it talks nonsense p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ropewalk.errors import RopeError
 from ropewalk.rope.frequencies import ROPE_TYPES, inverse_frequencies, parameter_names, rotary_dim
@@ -20,6 +23,14 @@ _ALIASES = {"none": "default", "su": "longrope", "part-ntk": "partial-ntk", "pnt
 # The one parameter that a bare number stands for: `linear:2`, `ntk:2.5`.
 _FIRST = {"linear": "factor", "dynamic": "factor", "yarn": "factor", "partial-ntk": "factor", "ntk-by-parts": "factor"}
 _FIRST |= {"ntk": "alpha", "llama3": "factor"}
+
+# What some families of transformers call theirs, and turn into "default" themselves.
+_OF_FAMILIES = ("mrope",)
+# Families in which all layers share one; they would take several for none without a word.
+_ONE_FOR_ALL = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+# Beyond these, computing would take all memory or overflow; ten times what there is.
+_LARGEST_HEAD = 1 << 14
+_MOST_POSITIONS = 1 << 30
 
 BY_PARTS_NOTE = (
     "ntk-by-parts is the formula of the YaRN paper (section 3.2); the formula of July 2023 is called partial-ntk"
@@ -52,16 +63,26 @@ class RopeDecision:
         return {"type": self.type, "why": self.why, **{k: v for k, v in self.parameters.items() if k != "rope_type"}}
 
 
-def decide_rope(config: Mapping[str, Any], override: str = "auto") -> RopeDecision:
+def decide_rope(config: Mapping[str, Any], override: str = "auto", file: object = "") -> RopeDecision:
     """Decide by the first rule that fits: the user's wish, the config's own words, what the config implies.
 
     Args:
         config: config.json as read.
         override: "auto", or what `parse_rope` takes.
+        file: where the config was read, for messages.
 
     Raises:
         RopeError: an override or a config that names an unknown type or impossible parameters.
     """
+    try:
+        return _decide(config, override)
+    except RopeError as error:
+        if file and override == "auto":
+            raise RopeError(f"{file}: {error}") from None
+        raise
+
+
+def _decide(config: Mapping[str, Any], override: str) -> RopeDecision:
     if not _has_rotary(config):
         if override not in ("auto", "none"):
             raise RopeError(
@@ -72,6 +93,9 @@ def decide_rope(config: Mapping[str, Any], override: str = "auto") -> RopeDecisi
     stated = config.get("rope_parameters")
     if isinstance(stated, dict) and stated and all(isinstance(value, dict) for value in stated.values()):
         # Gemma 3 and others: a set for each kind of layer, which is theirs to keep.
+        if config["model_type"] in _ONE_FOR_ALL:
+            found = f"one for each of {', '.join(map(str, stated))}"[:200]
+            raise RopeError(f"rope_parameters: expected one for all layers of {config['model_type']}, found {found}")
         if override != "auto":
             raise RopeError(f"rope: expected auto for {config['model_type']}, which has several, found {override!r}")
         return RopeDecision("per-layer", dict(stated), "the config has one for each kind of layer")
@@ -137,11 +161,11 @@ def _decide_override(config: Mapping[str, Any], override: str) -> RopeDecision:
 
 
 def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
-    stated = config.get("rope_parameters") or config.get("rope_scaling")
-    if stated is not None and not isinstance(stated, dict):
-        raise RopeError(f"rope_scaling: expected an object or null, found {stated!r}")
-    name = (stated.get("rope_type") or stated.get("type") or "default") if stated else "default"
-    if stated and name != "default":
+    stated = _stated(config)
+    name = stated.get("rope_type") or stated.get("type") or "default"
+    if not isinstance(name, str):
+        raise RopeError(f"rope type: expected a name, found {_short(name)}")
+    if name != "default":
         given = {k: v for k, v in stated.items() if k not in ("rope_type", "type")}
         rope_type = _ALIASES.get(name, name)
         original, _ = _lengths(config)
@@ -178,6 +202,8 @@ def _decide_by_keys_of_2023(config: Mapping[str, Any]) -> RopeDecision | None:
         found.append(("ntk", {"alpha": config["ntk_alpha"]}, "ntk_alpha"))
     scale = config.get("position_interpolation_scale")
     if scale not in (None, 1, 0):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1e-9 < scale < 1e9:
+            raise RopeError(f"position_interpolation_scale: expected a number above 0, found {_short(scale)}")
         found.append(("linear", {"factor": 1 / scale}, "position_interpolation_scale"))
     if len(found) > 1:
         raise RopeError(f"config: expected one rotary scaling, found {' and '.join(key for _, _, key in found)}")
@@ -188,7 +214,7 @@ def _decide_by_keys_of_2023(config: Mapping[str, Any]) -> RopeDecision | None:
 
 def _parameters(config: Mapping[str, Any], rope_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
     inherited: dict[str, Any] = {"rope_theta": 10000.0}
-    stated = config.get("rope_parameters") or {}
+    stated = _stated(config) if config.get("rope_parameters") else {}
     for key in ("rope_theta", "partial_rotary_factor"):
         value = stated.get(key, config.get(key))
         if value is not None:
@@ -196,17 +222,32 @@ def _parameters(config: Mapping[str, Any], rope_type: str, given: Mapping[str, A
     return {"rope_type": rope_type, **inherited, **given}
 
 
+def _stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the config says of its rotary embedding, empty where it says nothing."""
+    for key in ("rope_parameters", "rope_scaling"):
+        stated = config.get(key)
+        if stated is not None and not isinstance(stated, dict):
+            raise RopeError(f"{key}: expected an object or null, found {_short(stated)}")
+        if stated:
+            return stated
+    return {}
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
+
+
 def _lengths(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (original context, longest context); equal where the config names one only."""
     longest = config.get("max_position_embeddings", 2048)
-    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stated = _stated(config)
     original = stated.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     for name, value in (
         ("max_position_embeddings", longest),
         ("original_max_position_embeddings", original or longest),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RopeError(f"{name}: expected a positive number of positions, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_POSITIONS:
+            raise RopeError(f"{name}: expected a positive number of positions, found {_short(value)}")
     return original or longest, longest
 
 
@@ -217,17 +258,44 @@ def _notes(rope_type: str) -> tuple[str, ...]:
 def _check(config: Mapping[str, Any], decision: RopeDecision) -> None:
     """Compute the frequencies once, so that impossible parameters are found before a model is built."""
     if decision.type not in ROPE_TYPES:
-        return  # transformers may know it; building the module decides
-    heads = config.get("num_attention_heads")
-    head_dim = config.get("head_dim") or (config["hidden_size"] // heads if heads and "hidden_size" in config else None)
+        _check_is_known(decision.type)
+        return  # building the module checks its parameters
+    sizes = {name: config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")}
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31):
+            raise RopeError(f"{name}: expected a positive whole number, found {_short(value)}")
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+    head_dim = sizes["head_dim"] or (width // heads if heads and width else None)
     if head_dim is None:
         return
+    if head_dim > _LARGEST_HEAD:
+        raise RopeError(f"head_dim: expected at most {_LARGEST_HEAD} channels, found {head_dim}")
     names = parameter_names(decision.type)
     given = {k: v for k, v in decision.parameters.items() if k in names}
     if "max_position_embeddings" in names:
         given.setdefault("max_position_embeddings", _lengths(config)[1])
-    dim = rotary_dim(head_dim, decision.parameters.get("partial_rotary_factor") or 1.0)
-    inverse_frequencies(decision.type, dim=dim, base=decision.parameters["rope_theta"], **given)
+    try:
+        dim = rotary_dim(head_dim, decision.parameters.get("partial_rotary_factor") or 1.0)
+        with np.errstate(all="ignore"):
+            found, scaling = inverse_frequencies(
+                decision.type, dim=dim, base=decision.parameters["rope_theta"], **given
+            )
+        finite = bool(found.isfinite().all()) and math.isfinite(scaling)
+    except RopeError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:  # text for a number, a number beyond all bounds
+        expected = f"rope type {decision.type}: expected numbers to compute with"
+        raise RopeError(f"{expected}, found {_short(given)} ({_short(error)})") from None
+    if not finite:
+        raise RopeError(f"rope type {decision.type}: expected finite frequencies, found others by {_short(given)}")
+
+
+def _check_is_known(rope_type: str) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope_type not in ROPE_INIT_FUNCTIONS and rope_type not in _OF_FAMILIES:
+        names = ", ".join(dict.fromkeys((*ROPE_TYPES, *ROPE_INIT_FUNCTIONS)))
+        raise RopeError(f"rope type: expected one of {names}, found {_short(rope_type)}")
 
 
 def _has_rotary(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,10 @@ import torch
 from ropewalk.errors import HeaderError, MissingFileError, NotSafetensorsError, OffsetsError, TensorEntryError
 
 MAX_HEADER = 100_000_000  # as in the safetensors library
+MAX_DIMS = 64  # as in torch
+MAX_NAME = 1000  # characters; the longest seen has under 100
+# Values and containers in a JSON file, of which Python makes some 60 bytes each; a million tensors have fewer.
+_MAX_VALUES, _MAX_CONTAINERS = 10_000_000, 4_000_000
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -60,7 +64,7 @@ class TensorEntry:
             TensorEntryError: one that torch here does not have, or this loader does not expect.
         """
         if self.dtype_name not in DTYPES:
-            raise _entry_error(self.file, self.name, f"a dtype of {', '.join(DTYPES)}", repr(self.dtype_name))
+            raise _entry_error(self.file, self.name, f"a dtype of {', '.join(DTYPES)}", repr(self.dtype_name)[:80])
         return DTYPES[self.dtype_name]
 
 
@@ -71,6 +75,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         MissingFileError, NotSafetensorsError, HeaderError, TensorEntryError, OffsetsError: each with the
             file, what was expected and what was found.
     """
+    if path.exists() and not path.is_file():
+        raise MissingFileError(path, "a .safetensors file", "a folder" if path.is_dir() else "no ordinary file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -79,8 +85,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             header = file.read(length) if 0 <= length <= min(MAX_HEADER, size - 8) else b""
             if not header:
                 start += file.read(256)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise MissingFileError(path, "a .safetensors file", "none") from None
+    except OSError as error:
+        raise MissingFileError(path, "a .safetensors file that can be read", error.strerror) from None
     _check_is_safetensors(path, start, size)
     if length < 0 or length > MAX_HEADER:
         raise HeaderError(path, f"a header of at most {MAX_HEADER} bytes", f"a length of {length}")
@@ -91,6 +99,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_spans(path, entries, size - 8 - length)
     return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def is_moderate(text: bytes) -> bool:
+    """Tell whether JSON can be parsed in moderate memory: Python would make 60 bytes of a "[]"."""
+    return text.count(b",") <= _MAX_VALUES and text.count(b"[") + text.count(b"{") <= _MAX_CONTAINERS
+
+
+def is_name(name: str) -> bool:
+    """Tell whether text can be a tensor's name: what is longer or not printable only harms who reads a message."""
+    return len(name) <= MAX_NAME and name.isprintable()
 
 
 def what_it_is(start: bytes) -> str | None:
@@ -120,10 +138,12 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
         names = set()
         for name, _ in pairs:
             if name in names:
-                raise HeaderError(path, "every name once in the header", f"{name!r} twice")
+                raise HeaderError(path, "every name once in the header", f"{name[:MAX_NAME]!r} twice")
             names.add(name)
         return dict(pairs)
 
+    if not is_moderate(header):
+        raise HeaderError(path, f"a header of at most {_MAX_VALUES} values", "one of more")
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
@@ -132,6 +152,9 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
         raise HeaderError(path, "a header in JSON", str(error)) from None
     if not isinstance(entries, dict):
         raise HeaderError(path, "a JSON object as header", type(entries).__name__)
+    for name in entries:
+        if not is_name(name):
+            raise HeaderError(path, f"names of at most {MAX_NAME} printable characters", repr(name)[:80])
     return entries
 
 
@@ -140,8 +163,8 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> TensorEntry:
         raise _entry_error(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise _entry_error(path, name, "a dtype's name", repr(dtype))
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        raise _entry_error(path, name, "a dtype's name", repr(dtype)[:80])
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
         raise _entry_error(path, name, "a shape of whole numbers from 0 on", repr(shape)[:80])
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise _entry_error(path, name, "data_offsets [begin, end]", repr(offsets)[:80])
@@ -152,14 +175,14 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> TensorEntry:
         for n in shape:
             expected *= n  # Python's integers do not overflow
         if span != expected:
-            raise _entry_error(path, name, f"{expected} bytes for {dtype} {shape}", f"a span of {span}")
+            raise _entry_error(path, name, f"{expected} bytes for {dtype} {shape}"[:200], f"a span of {span}")
     elif span < 0:
         raise _entry_error(path, name, "data_offsets [begin, end] with begin <= end", repr(offsets))
     return TensorEntry(name, path, dtype, tuple(shape), span, data + begin)
 
 
 def _is_size(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63
 
 
 def _check_spans(path: Path, entries: dict[str, Any], available: int) -> None:

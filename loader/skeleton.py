@@ -30,12 +30,20 @@ OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".atten
 # Building a model changes torch's default dtype and methods of nn.Module for a moment, for all threads.
 BUILDING = threading.RLock()
 
-# Names of sizes and of counts in configs.
+# Names of sizes, of counts and of others in configs.
 _SIZES = (
     *("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
     *("d_model", "n_heads", "expansion_ratio", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("n_embd", "n_inner", "n_head", "ffn_dim", "rotary_dim", "num_kv_heads", "word_embed_proj_dim"),
 )
-_COUNTS = ("num_hidden_layers", "n_layers", "num_local_experts", "num_experts")
+_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# What some families make a table of, at once or when they are first used; and what transformers makes a dict of.
+_TABLES = {"max_seq_len": 1 << 22, "n_positions": 1 << 22, "n_ctx": 1 << 22, "num_labels": 1 << 16}
+_FLAGS = ("return_dict", "output_hidden_states", "output_attentions", "use_cache")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "max_window_layers", "max_position_embeddings")
+# What nothing works without; of others 0 means that there is none.
+_POSITIVE = ("sliding_window", "attention_chunk_size", "num_experts_per_tok", "max_seq_len", "num_attention_heads")
 
 _EXPERT = re.compile(r"(?P<stack>.+)\.(?P<number>\d+)\.(?P<name>w1|w2|w3|gate_proj|up_proj|down_proj)")
 
@@ -72,6 +80,7 @@ def model_config(checkpoint: Checkpoint, decision: RopeDecision) -> Any:
     model_type = checkpoint.config["model_type"]
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(file, "a model_type of transformers", repr(model_type))
+    check_sizes(checkpoint)
     raw = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
     if decision.parameters:
         raw.pop("rope_scaling", None)
@@ -79,7 +88,8 @@ def model_config(checkpoint: Checkpoint, decision: RopeDecision) -> Any:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # whatever a config's validation raises
-        raise CheckpointError(file, f"settings of a {model_type} model", _first_line(error)) from error
+        raise CheckpointError(file, f"settings of a {model_type} model", first_line(error)) from error
+    _check_defaults(checkpoint, config)
     config.name_or_path = str(checkpoint.folder)
     return config
 
@@ -103,15 +113,14 @@ def build(
 
     config = model_config(checkpoint, decision)
     file = checkpoint.folder / "config.json"
-    _check_sizes(checkpoint)
     make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     with BUILDING, _empty_weights():
         try:
             model = make(config, dtype=dtype, **options)
         except Exception as error:  # an architecture without a causal model, sizes that do not divide, …
             if "attn_implementation" in options and "attn" in str(error):
-                raise UsageError(f"attn_implementation: {_first_line(error)}") from error
-            raise CheckpointError(file, "settings that a model can be built from", _first_line(error)) from error
+                raise UsageError(f"attn_implementation: {first_line(error)}") from error
+            raise CheckpointError(file, "settings that a model can be built from", first_line(error)) from error
     skeleton = Skeleton(model)
     rename = _Names(model)
     _place_packed(skeleton, checkpoint, rename)
@@ -119,22 +128,50 @@ def build(
     return skeleton
 
 
-def _check_sizes(checkpoint: Checkpoint) -> None:
+def check_sizes(checkpoint: Checkpoint) -> None:
     """Refuse sizes that no model made of these tensors has, before a model of them takes all memory or days.
 
     Raises:
         CheckpointError: naming the size.
     """
+    tensors, file = checkpoint.tensors, checkpoint.folder / "config.json"
+    largest = max((max(entry.shape, default=1) for entry in tensors.values()), default=1)
+    limits = dict.fromkeys(_SIZES, 32 * largest) | dict.fromkeys(_COUNTS, len(tensors))
+    limits |= dict.fromkeys((*_EXPERTS, "num_experts_per_tok"), max(largest, len(tensors)))
+    limits |= _TABLES | dict.fromkeys(_WINDOWS, 1 << 40)
+    for name in _FLAGS:
+        if not isinstance(value := checkpoint.config.get(name), (bool, type(None))):
+            raise CheckpointError(file, f"{name} true or false", repr(value)[:80])
+    parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]  # text_config and the like
+    for part in (checkpoint.config, *parts):
+        for name, limit in limits.items():
+            value = part.get(name)
+            # transformers writes a window of 0 for a Qwen that uses none.
+            none = name == "sliding_window" and str(part.get("model_type")).startswith("qwen")
+            least = 1 if name in _POSITIVE and not none else 0
+            odd = isinstance(value, (float, str, dict)) or (isinstance(value, list) and name in _WINDOWS)
+            if odd or (isinstance(value, int) and not least <= value <= limit):
+                by = ", by the size of the tensors" if limit < 1 << 40 and name not in _TABLES else ""
+                raise CheckpointError(file, f"{name} a whole number from {least} to {limit}{by}", repr(value)[:80])
+
+
+def _check_defaults(checkpoint: Checkpoint, config: Any) -> None:
+    """As `check_sizes`, of what config.json leaves to the defaults of its family."""
     largest = max((max(entry.shape, default=1) for entry in checkpoint.tensors.values()), default=1)
-    limits = dict.fromkeys(_SIZES, 32 * largest) | dict.fromkeys(_COUNTS, len(checkpoint.tensors))
+    text = config.get_text_config()
+    limits = {"num_hidden_layers": len(checkpoint.tensors), "hidden_size": 32 * largest, "vocab_size": 32 * largest}
+    experts = next((n for name in _EXPERTS if type(n := getattr(text, name, None)) is int), None)
+    if experts:
+        limits["num_experts_per_tok"] = experts
     for name, limit in limits.items():
-        value = checkpoint.config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > limit:
-            file = checkpoint.folder / "config.json"
-            raise CheckpointError(file, f"{name} of at most {limit}, by the size of the tensors", value)
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > limit:
+            by = f"for {config.model_type}, by the size of the tensors or the number of experts"
+            raise CheckpointError(checkpoint.folder / "config.json", f"{name} of at most {limit} {by}", value)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error of another library as a part of a message of ours."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 

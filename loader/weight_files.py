@@ -59,24 +59,33 @@ def find_weights(folder: Path, base_names: Iterable[str] = (), file: str | Path 
     for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model"), (".pt", "model")):
         for name in dict.fromkeys([*stems, stem]):
             index = folder / f"{name}{suffix}.index.json"
-            if name in stems and (folder / f"{name}{suffix}").is_file():
+            if name in stems and is_file(folder / f"{name}{suffix}"):
                 return WeightFiles([folder / f"{name}{suffix}"])
-            if index.is_file():
+            if is_file(index):
                 return _shards(folder, index)
-            if (folder / f"{name}{suffix}").is_file():
+            if is_file(folder / f"{name}{suffix}"):
                 return WeightFiles([folder / f"{name}{suffix}"])
-        indexes = sorted(folder.glob(f"*{suffix}.index.json"))
+        indexes = sorted(filter(is_file, folder.glob(f"*{suffix}.index.json")))
         if len(indexes) == 1:
             return _shards(folder, indexes[0])
         if suffix == ".safetensors":
-            found = _one_of(folder, sorted(folder.glob("*.safetensors")))
+            found = _one_of(folder, sorted(filter(is_file, folder.glob("*.safetensors"))))
             if found:
                 return found
     pickles = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not _NOT_WEIGHTS.fullmatch(p.name))
+    pickles = list(filter(is_file, pickles))
     found = _one_of(folder, pickles)
     if found is None:
         raise MissingFileError(folder, "weights in .safetensors, .pt or .bin files", listing(folder))
     return found
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is an ordinary file of this name; of a name that cannot be, there is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def listing(folder: Path) -> str:
@@ -105,7 +114,7 @@ def _asked_for(folder: Path, file: str | Path) -> WeightFiles:
         raise MissingFileError(file, "a file with weights", "nothing of this name")
     if file.name.endswith(".index.json"):
         return _shards(file.parent, file)
-    for index in sorted(file.parent.glob(f"*{file.suffix}.index.json")):
+    for index in sorted(filter(is_file, file.parent.glob(f"*{file.suffix}.index.json"))):
         shards = _shards(file.parent, index)
         if file.name in {path.name for path in shards.files}:
             return shards
@@ -120,11 +129,11 @@ def _shards(folder: Path, index: Path) -> WeightFiles:
     names = dict.fromkeys(name if isinstance(name, str) else repr(name) for name in weight_map.values())
     for name in names:
         if len(PurePosixPath(name).parts) != 1 or "\\" in name or name.startswith(".") or ":" in name:
-            raise HeaderError(index, "names of files in the same folder", repr(name))
+            raise HeaderError(index, "names of files in the same folder", repr(name)[:80])
         if Path(name).suffix not in (".safetensors", *SUFFIXES):
             raise HeaderError(index, "names of files in the same folder, .safetensors, .pt or .bin", repr(name))
-        if not (folder / name).is_file():
-            raise MissingFileError(index, f"the shard {name} beside it", "no such file")
+        if not is_file(folder / name):
+            raise MissingFileError(index, f"the shard {name[:255]} beside it", "no such file")
     return WeightFiles([folder / name for name in names], index, weight_map)
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import UsageError
+from ropewalk.errors import CheckpointError, UsageError
 
 # What from_pretrained takes that means nothing for a packed folder on this machine, or is settled by it.
 _WITHOUT_MEANING = frozenset(
@@ -105,16 +105,27 @@ def _packed(name: Any, kwargs: dict[str, Any]) -> Any:
 def _is_packed(folder: Path) -> bool:
     """Tell whether a folder says that GPTQ packed it, or holds packed layers without saying so."""
     from ropewalk.loader.quantize_config import CONFIG_KEY, FILES, read_json
-    from ropewalk.loader.safetensors_file import read_header
 
     if any((folder / name).is_file() for name in FILES):
         return True
     if not (folder / "config.json").is_file():
         return False
-    stated = read_json(folder / "config.json").get(CONFIG_KEY)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        return False
+    stated = config.get(CONFIG_KEY)
     if stated is not None:
         return isinstance(stated, dict) and stated.get("quant_method") == "gptq"
-    return any(name.endswith(".qweight") for file in folder.glob("*.safetensors") for name in read_header(file)[0])
+    return any(_has_packed_layers(file) for file in folder.glob("*.safetensors"))
+
+
+def _has_packed_layers(file: Path) -> bool:
+    from ropewalk.loader.safetensors_file import read_header
+
+    try:
+        return any(name.endswith(".qweight") for name in read_header(file)[0])
+    except CheckpointError:
+        return False  # whatever it is, transformers may not need it; where it does, it says what is wrong
 
 
 def _load(cls: Any, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
@@ -139,7 +150,7 @@ def _load(cls: Any, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
     if options:
         raise UsageError(f"from_pretrained: expected no {sorted(options)[0]} for a packed model, found one")
     known.setdefault("device_map", "cpu")
-    decision = decide_rope(checkpoint.config)
+    decision = decide_rope(checkpoint.config, file=checkpoint.folder / "config.json")
     model = load_packed(checkpoint, decision, dtype=dtype, model_class=cls, progress=True, **known)
     if generation_config is not None:
         model.generation_config = generation_config

@@ -117,11 +117,18 @@ def test_a_quantize_config_that_gptq_cannot_hold(folder, changes, message):
     refuses(folder, QuantizeConfigError, "quantize_config.json", message)
 
 
-def test_a_quantize_config_that_is_not_json(folder):
-    (folder / "quantize_config.json").write_text("bits: 4")
-    refuses(folder, QuantizeConfigError, "quantize_config.json: expected a JSON file")
-    (folder / "quantize_config.json").write_text("[4]")
-    refuses(folder, QuantizeConfigError, "a JSON object, found list")
+@pytest.mark.parametrize(("content", "found"), [("bits: 4", "a JSON file"), ("[4]", "a JSON object, found list")])
+def test_a_quantize_config_that_is_not_json_counts_as_missing(folder, content, found):
+    before, _ = ropewalk.load(folder)
+    (folder / "quantize_config.json").write_text(content)
+    warnings = ropewalk.inspect(folder)["warnings"]
+    assert f"quantize_config.json: expected {found}" in warnings[0] and "the file is not used" in warnings[0]
+    assert "inferred from" in warnings[1]
+    after, _ = ropewalk.load(folder)
+    ids = torch.arange(20)[None]
+    assert torch.equal(before(ids).logits, after(ids).logits)
+    edit_tensors(folder, lambda t: [t.pop(name) for name in list(t) if name.endswith("scales")])
+    refuses(folder, FormatError, ".scales: expected a tensor of 2 dimensions, found none")
 
 
 def test_settings_that_the_tensors_contradict(folder):

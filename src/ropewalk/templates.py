@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.errors import UsageError
+from ropewalk.errors import CheckpointError, UsageError
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def apply(
 
     Raises:
         UsageError: an unknown name, or "auto" where the tokenizer has no template.
+        CheckpointError: a template of the tokenizer that fails.
     """
     if template is None:
         if system is not None:
@@ -82,7 +83,11 @@ def apply(
         messages = [{"role": "user", "content": user}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of jinja2, in whose sandbox transformers runs the template, or of the template
+            found = f"{type(error).__name__}: {str(error)[:200]}"
+            raise CheckpointError(tokenizer.name_or_path, "a chat template that can be filled in", found) from error
         # Tokenizing adds the <s> that most templates begin with.
         return prompt.removeprefix(tokenizer.bos_token or ""), []
     if template not in TEMPLATES:

@@ -1,4 +1,4 @@
-"""`ropewalk bench rope|matmul|decode`: ours against what else is installed here, in one run.
+"""`ropewalk bench rope|matmul|decode|load`: ours against what else is installed here, in one run.
 
 `ropewalk bench modes`: what our modes on a CPU cost in quality.
 """
@@ -30,8 +30,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
         "what",
-        choices=("rope", "matmul", "decode", "modes"),
-        help="which kernels, or whole models: their speed, or what exact and int8 on a CPU cost in perplexity",
+        choices=("rope", "matmul", "decode", "load", "modes"),
+        help="which kernels, or whole models: their speed, how long they load and in how much memory, or what exact "
+        "and int8 on a CPU cost in perplexity",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     parser.add_argument(
@@ -40,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHAPE",
         help="matmul: KxN (default: 4096x4096), cpu for four usual ones; rope: heads x heads of k x channels, as "
         "40x40x128; either: a model, llama-2-13b, codellama-34b, mpt-30b, mixtral; decode: llama-1b (the default), "
-        "llama-2-7b, llama-2-13b, tiny or LAYERSxHIDDENxFFNxHEADSxKV",
+        "llama-2-7b, llama-2-13b, tiny or LAYERSxHIDDENxFFNxHEADSxKV; load: the same (default: 20x4096x11008x32x32)",
     )
     parser.add_argument("--m", type=positive, nargs="+", default=[1, 4, 32, 512], metavar="M", help="rows, or tokens")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), nargs="+", default=[4], help="(default: 4)")
@@ -56,7 +57,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--pack",
         nargs="+",
         metavar="PACK",
-        help="exactly these instead of every combination of the four above: 4b-g128, 3b-g32-act, 8b-none-asym, …",
+        help="exactly these instead of every combination of the four above: 4b-g128, 3b-g32-act, 8b-none-asym, …; load "
+        "takes only this (default: 4b-g32-act)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, else float16)")
     parser.add_argument(
@@ -67,12 +69,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these besides ours (default: all found)")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each kernel in each case (default: 0.3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further case after so long")
+    parser.add_argument("--runs", type=positive, default=5, metavar="N", help="load: of each loader (default: 5)")
     parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N", help="decode: (default: 128)")
     parser.add_argument(
         "--tokens", type=positive, metavar="N", help="decode: after it (default: 64); modes: of the text (default: all)"
     )
-    parser.add_argument("--models", metavar="DIR", help="decode: where models are kept (default: the user's cache)")
-    parser.add_argument("--model", default="demo", metavar="DIR", help="modes: (default: demo, the one that ships)")
+    parser.add_argument(
+        "--models", metavar="DIR", help="decode, load: where to keep models (default: the user's cache)"
+    )
+    parser.add_argument("--model", default="demo", metavar="MODEL", help="modes: (default: demo, the one that ships)")
     parser.add_argument(
         "--context", type=positive, nargs="+", default=[256, 1024], metavar="N", help="modes: (default: 256 1024)"
     )
@@ -80,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="modes: what to read; - is stdin (default: demo's held-out text)"
     )
     add_threads(parser)
-    parser.add_argument("--plot", metavar="FILE", help="draw to a PNG: time over M, or tokens a second")
+    parser.add_argument("--plot", metavar="FILE", help="draw to a PNG: time over M, tokens a second, time and memory")
     parser.add_argument("--out", metavar="FILE", help="write the JSON object to a file too")
 
 
@@ -101,7 +106,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         if file and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{option}: expected a folder to write to, found none for {file}")
     device = choose_device(args.device)
-    if args.mode and (args.what in ("rope", "modes") or device.type != "cpu"):
+    if args.mode and (args.what in ("rope", "modes", "load") or device.type != "cpu"):
         raise UsageError(f"--mode: expected it for matmul and decode on a CPU, found {args.what} on {device.type}")
     if args.what == "modes":
         _modes(args, out)
@@ -126,7 +131,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             dtype=dtype,
             seconds=args.seconds,
             deadline=begin + args.stop_after if args.stop_after else None,
-            on_case=lambda rows, skipped: _say(out, rows, skipped, OURS),
+            on_case=lambda rows, skipped: _say(args.what, out, rows, skipped, OURS),
         )
     finally:
         # What was measured before an error or Ctrl-C is worth keeping.
@@ -156,6 +161,8 @@ def _work(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     if args.what == "rope":
         heads = [rope.Heads(*shape) for shape in _shapes("rope", args.shape)]
         return _Work(rotary_peers(), lambda report, **options: rope.bench_rope(report, heads, args.m, **options))
+    if args.what == "load":
+        return _load_work(args)
     packings = _packings(args)
     if args.what == "matmul":
         settings = _settings(packings, _shapes("matmul", args.shape))
@@ -171,6 +178,29 @@ def _work(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         decode.bench_decode(report, names, packings, lengths, root=root, **options)
 
     return _Work(decode_peers(dtype, device, args.mode), run)
+
+
+def _load_work(args: argparse.Namespace) -> _Work:
+    """Check what --shape and --pack say for `load`.
+
+    Raises:
+        UsageError: they do not fit, or the packing is given otherwise.
+    """
+    from ropewalk.bench import load, model
+    from ropewalk.errors import UsageError
+
+    if (args.bits, args.group_size, args.desc_act, args.sym) != ([4], [128], None, None):
+        raise UsageError("--pack: expected it for load, found --bits, --group-size or the like")
+    packings = [model.parse_packing(name) for name in dict.fromkeys(args.pack or [load.PACKING])]
+    names = list(dict.fromkeys(args.shape or [load.SHAPE]))
+    for name, packing in itertools.product(names, packings):
+        model.parse_shape(name, packing)
+    root = Path(args.models) if args.models else model.model_cache()
+
+    def run(report: Report, **options: Any) -> None:
+        load.bench_load(report, names, packings, root=root, runs=args.runs, threads=args.threads, **options)
+
+    return _Work(load.load_peers(), run)
 
 
 def _shapes(what: str, names: Sequence[str] | None) -> list[tuple[int, ...]]:
@@ -257,7 +287,7 @@ def _modes(args: argparse.Namespace, out: Output) -> None:
         if found not in (None, expected):
             raise UsageError(f"{option}: expected {expected} for modes, found {found}")
     if args.plot:
-        raise UsageError("--plot: expected it for rope, matmul and decode, found modes")
+        raise UsageError("--plot: expected it for rope, matmul, decode and load, found modes")
     args.rope, args.device, args.dtype = "auto", "cpu", "float32"
     text = held_out_text() if args.text is None else read_text(args.text, "--text")
     contexts = sorted(set(args.context))
@@ -281,17 +311,18 @@ def _modes(args: argparse.Namespace, out: Output) -> None:
         out.note(f"results: {args.out}")
 
 
-def _say(out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) -> None:
+def _say(what: str, out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) -> None:
     """Print one case."""
+    from ropewalk.bench.load import load_lines, load_table
     from ropewalk.bench.report import case_name, decode_lines, decode_table, rows_table
 
+    show = {"decode": (decode_table, decode_lines), "load": (load_table, load_lines)}
+    as_table, as_lines = show.get(what, (rows_table, lambda rows, ours: []))
     if rows:
-        decoded = "model" in rows[0]
         out.say(f"\n{case_name(rows[0])}")
-        out.say((decode_table if decoded else rows_table)(rows, ours))
-        if decoded:
-            for line in decode_lines(rows, ours):
-                out.say(line)
+        out.say(as_table(rows, ours))
+        for line in as_lines(rows, ours):
+            out.say(line)
     for row in rows:
         if row["note"]:
             out.say(f"{row['kernel']}: {row['note']}")
@@ -301,10 +332,13 @@ def _say(out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) ->
 
 def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
     """Write and print what there is."""
+    from ropewalk.bench.load import reading_limit
     from ropewalk.bench.peers import OURS
-    from ropewalk.bench.plots import plot_decode, plot_rows
+    from ropewalk.bench.plots import plot_decode, plot_load, plot_rows
 
     found = report.as_json()
+    if args.what == "load":
+        found["limit"] |= reading_limit(report.results)
     out.result(found)
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
@@ -313,6 +347,6 @@ def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
         name = (
             report.machine.get("gpu", {}).get("name") or f"{report.machine['cpu']}, {report.machine['threads']} threads"
         )
-        plot = plot_decode if args.what == "decode" else plot_rows
+        plot = {"decode": plot_decode, "load": plot_load}.get(args.what, plot_rows)
         plot(report.results, args.plot, title=f"{args.what}, {name}", ours=OURS)
         out.note(f"plot: {args.plot}")

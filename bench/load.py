@@ -1,0 +1,442 @@
+"""`ropewalk bench load`: how long loading a checkpoint takes and how much memory at its peak, ours and others', each in
+a fresh process with the files in the page cache, beside the time that reading the same bytes takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ropewalk import cpu
+from ropewalk.bench.decode import MOST, SPARE, TOLERANCE, available_memory
+from ropewalk.bench.load_process import SAMPLE, LoadError, run_worker
+from ropewalk.bench.load_worker import tensor_spans
+from ropewalk.bench.model import RECIPE, PackedModel, Packing, make_once, packed_model, write_tokenizer
+from ropewalk.bench.peers.base import Program
+from ropewalk.bench.peers.decode.models import plain_model
+from ropewalk.bench.peers.ours import OURS
+from ropewalk.bench.report import Report, Row, add_ratios, case_name, duration, largest_error, verdict
+from ropewalk.bench.timing import Timing
+from ropewalk.loader.write import write_json, write_weights
+from ropewalk.terminal import size, table
+
+SHAPE = "20x4096x11008x32x32"  # 2.9 GB as 4b-g32-act
+PACKING = "4b-g32-act"
+PROMPT = 4  # tokens whose logits are compared
+FROM_DISK = 20_000_000  # bytes that may be of libraries, and not of the checkpoint
+FLOAT16_SHARD = 2_000_000_000  # bytes: the folder is made with one in memory
+
+# What ours is to meet: of the time that reading takes, of the checkpoint's size, and bytes besides.
+MOST_TIME = 1.5
+MOST_MEMORY, MOST_BESIDES = 1.10, 200_000_000
+
+READ, READ_REUSED = "read", "read-reused"
+
+
+class Loader(Program):
+    """A program that loads a model, in a process of its own.
+
+    Args:
+        worker: its name in `load_worker.LOADERS`.
+        package: what must be importable, or "".
+        dtypes: those it loads to; another one is replaced by the first, none is any.
+        unpacked: whether it loads the weights unpacked to float16, from a folder of their own.
+        room: bytes of memory it needs for each byte that it loads.
+    """
+
+    devices = ("cpu", "cuda")
+    bits = (2, 3, 4, 8)
+    act_order = True
+
+    def __init__(
+        self,
+        name: str,
+        worker: str,
+        *,
+        package: str = "",
+        dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
+        unpacked: bool = False,
+        room: float = 1.2,
+        by_default: tuple[str, ...] = ("cpu", "cuda"),
+    ):
+        self.name, self.worker, self.package = name, worker, package
+        self.dtypes, self.unpacked, self.room, self.by_default = dtypes, unpacked, room, by_default
+
+    @property
+    def loads_a_model(self) -> bool:
+        """Whether there is something to call in the end, and not only tensors."""
+        return self.worker not in (READ, READ_REUSED, "safetensors")
+
+    def nbytes(self, model: PackedModel) -> int:
+        """Return the size of the tensors that it reads."""
+        return float16_bytes(model) if self.unpacked else model.checkpoint.nbytes()
+
+
+def load_peers() -> list[Loader]:
+    """Return all that load, ours first."""
+    float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
+    return [
+        Loader(OURS, "ropewalk"),
+        Loader("transformers-fp16", "transformers", dtypes=(float16,), unpacked=True),
+        Loader("transformers-fp32", "transformers", dtypes=(float32,), unpacked=True, room=2.2, by_default=("cpu",)),
+        # Its kernels for the CPU want bfloat16.
+        Loader("gptqmodel", "gptqmodel", package="gptqmodel", dtypes=(bfloat16, float16), room=3),
+        Loader("safetensors", "safetensors"),
+    ]
+
+
+REFERENCES = (Loader(READ, "read"), Loader(READ_REUSED, "read-reused", room=0.1))
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """A loader, and what it is to load."""
+
+    loader: Loader
+    dtype: torch.dtype
+    folder: Path
+    files: tuple[Path, ...]
+
+
+def bench_load(
+    report: Report,
+    names: Sequence[str],
+    packings: Iterable[Packing],
+    *,
+    root: Path,
+    dtype: torch.dtype,
+    peers: Sequence[Loader],
+    runs: int,
+    threads: int | None = None,
+    seconds: float = 0,
+    deadline: float | None = None,
+    on_case: Callable[[list[Row], list[Row]], None] | None = None,
+) -> None:
+    """Time loaders on every model, into `report`; they take turns, each time in a fresh process.
+
+    Args:
+        names: shapes, as `model.parse_shape` takes them.
+        root: where models are kept.
+        dtype: of activations, for the peers that have it.
+        runs: how many times each loads each model.
+        threads: of torch, in each process; None for its choice.
+        seconds: nothing here depends on it.
+        deadline: a `time.monotonic()` after which no further model and no further turn begins.
+        on_case: called with the rows of each model and what was skipped in it.
+
+    Raises:
+        UsageError: a shape that cannot be packed so.
+    """
+    cpu.load()  # or the first process would compile it
+    for packing in packings:
+        for name in names:
+            before, rows = len(report.skipped), []
+            if deadline is not None and time.monotonic() > deadline:
+                report.skip("all", "out of time", model=name, **packing._asdict())
+            else:
+                model = packed_model(name, packing, root, report.device, rounded=False)
+                rows = _model(report, model, dtype, peers, runs, threads, deadline)
+            report.results += rows
+            if on_case is not None:
+                on_case(rows, report.skipped[before:])
+
+
+def _model(
+    report: Report,
+    model: PackedModel,
+    dtype: torch.dtype,
+    peers: Sequence[Loader],
+    runs: int,
+    threads: int | None,
+    deadline: float | None,
+) -> list[Row]:
+    keys = {"model": model.name, **model.packing._asdict()}
+    entrants = []
+    for loader in (*peers, *REFERENCES):
+        reason = loader.cannot_hold(model.packing) or _too_large(loader, model, dtype, report.device)
+        if reason is not None:
+            report.skip(loader.name, reason, **keys)
+            continue
+        folder = float16_folder(model) if loader.unpacked else model.folder
+        files = tuple(sorted(folder.glob("*.safetensors")))
+        entrants.append(_Entrant(loader, loader.dtype(dtype), folder, files))
+    ids = torch.randint(0, model.shape.vocab, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = _expected(model, ids, report.device)
+    samples: dict[str, list[Row]] = {entrant.loader.name: [] for entrant in entrants}
+    failed: set[str] = set()
+    for turn in range(runs):
+        if turn and deadline is not None and time.monotonic() > deadline:
+            report.skip("all", f"out of time after {turn} of {runs} runs", **keys)
+            break
+        for entrant in entrants:
+            name = entrant.loader.name
+            if name in failed:
+                continue
+            try:
+                samples[name].append(_sample(entrant, report.device, threads, ids, expected))
+            except (LoadError, OSError) as error:
+                failed.add(name)
+                report.skip(name, error, failed=True, **keys)
+    right = [entrant for entrant in entrants if entrant.loader.name not in failed]
+    rows = [_row(report, model, entrant, samples[entrant.loader.name]) for entrant in right]
+    _compare(rows)
+    return rows
+
+
+def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why there is no room to load a model, or to keep its files, or None."""
+    needed, free = loader.room * loader.nbytes(model), available_memory(device)
+    # Memory that is available holds the page cache, too, and what loads must not drive the files from it.
+    cached = loader.nbytes(model) if device.type == "cpu" else 0
+    if free is not None and needed + cached + SPARE > free:
+        files = f", {size(cached)} of it for cached files" if cached else ""
+        return f"needs about {size(int(needed + cached))} of memory{files}; {size(int(max(free - SPARE, 0)))} are left"
+    if loader.unpacked and not _float16_path(model).is_dir():
+        left = shutil.disk_usage(model.folder).free
+        if 1.1 * loader.nbytes(model) > left:
+            return f"needs {size(loader.nbytes(model))} on the disk with the models; {size(left)} are left"
+    return None
+
+
+def float16_bytes(model: PackedModel) -> int:
+    """Return the size of a model with its weights unpacked to float16."""
+    return 2 * (model.dense_count() + model.shape.vocab * model.shape.hidden)
+
+
+def _float16_path(model: PackedModel) -> Path:
+    return model.folder.parent / f"{model.folder.name}-float16-{RECIPE}"
+
+
+def float16_folder(model: PackedModel) -> Path:
+    """Return the folder with a model's weights unpacked to float16; make it where it is not there."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in ("model.embed_tokens.weight", "lm_head.weight", *model.shape.norms()):
+            yield name, model.checkpoint.read(name)
+        for layer, _, _ in model.shape.linears():
+            yield f"{layer}.weight", model.weight(layer).dense().to(torch.float16).t().contiguous()
+
+    def write(work: Path) -> None:
+        write_weights(tensors(), work, FLOAT16_SHARD)
+        write_tokenizer(model.shape, work)
+        write_json(work / "config.json", model.shape.config())
+
+    make_once(_float16_path(model), write)
+    return _float16_path(model)
+
+
+@torch.inference_mode()
+def _expected(model: PackedModel, ids: Sequence[int], device: torch.device) -> Tensor:
+    """Return the logits of a prompt by transformers' own Llama, which unpacks a layer at a time in float32."""
+    reference = plain_model(model, torch.float32, device, unpack=False)
+    logits: Tensor = reference(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].cpu()
+    del reference
+    gc.collect()
+    return logits
+
+
+def _sample(entrant: _Entrant, device: torch.device, threads: int | None, ids: Sequence[int], expected: Tensor) -> Row:
+    """Load once; return what was measured, with the "error" of the logits over the largest one, and the "logits".
+
+    Raises:
+        LoadError: it failed.
+    """
+    _warm(entrant.files)
+    with tempfile.TemporaryDirectory(prefix="ropewalk-load-") as folder:
+        logits = Path(folder, "logits.safetensors")
+        job = {
+            "loader": entrant.loader.worker,
+            "folder": str(entrant.folder),
+            "files": [str(file) for file in entrant.files],
+            "device": str(device),
+            "dtype": str(entrant.dtype).removeprefix("torch."),
+            "threads": threads,
+            "touch": _to_touch(entrant),
+            "prompt": ids,
+            "logits": str(logits),
+        }
+        found = run_worker(job)
+        if entrant.loader.loads_a_model:
+            if not logits.is_file():
+                raise LoadError("expected logits, found none: what was loaded is no model")
+            found["logits"] = load_file(logits)["logits"]
+            found["error"] = largest_error(found["logits"], expected) / float(expected.abs().max())
+    return found
+
+
+def _to_touch(entrant: _Entrant) -> int:
+    """Return how much memory is to be touched before: what loading takes, if that can be had."""
+    takes = int(entrant.loader.room * sum(file.stat().st_size for file in entrant.files))
+    return min(takes, int(0.7 * (available_memory(torch.device("cpu")) or 0)))
+
+
+def _warm(files: Iterable[Path]) -> None:
+    """Read files, so that the page cache holds them."""
+    piece = bytearray(4 << 20)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(piece):
+                pass
+
+
+def _row(report: Report, model: PackedModel, entrant: _Entrant, samples: Sequence[Row]) -> Row:
+    loader = entrant.loader
+    timing = Timing.of([sample["seconds"] for sample in samples])
+    peak = Timing.of([sample["peak_bytes"] for sample in samples])  # its percentiles are what is wanted
+    nbytes = sum(span[2] for file in entrant.files for span in tensor_spans(file))
+    logits = [sample["logits"] for sample in samples if "logits" in sample]
+    error = max((sample["error"] for sample in samples if "error" in sample), default=0.0)
+    # What is unpacked was rounded to float16, whatever it is loaded to.
+    tolerance = max(TOLERANCE[entrant.dtype], TOLERANCE[torch.float16] if loader.unpacked else 0)
+    row: Row = {
+        "kernel": loader.name,
+        "device": str(report.device),
+        "model": model.name,
+        **model.packing._asdict(),
+        "dtype": str(entrant.dtype).removeprefix("torch.") if loader.loads_a_model else None,
+        "checkpoint_bytes": nbytes,
+        "seconds": timing.seconds,
+        "p20": timing.p20,
+        "p80": timing.p80,
+        "samples": timing.samples,
+        "total_seconds": statistics.median(sample["total_seconds"] for sample in samples),
+        "gb_per_s": nbytes / timing.seconds / 1e9,
+        "ratio_to": {},
+        "peak_bytes": peak.seconds,
+        "peak_p20": peak.p20,
+        "peak_p80": peak.p80,
+        "peak_most": max(sample["peak_bytes"] for sample in samples),
+        "peak_to_checkpoint": peak.seconds / nbytes,
+        "max_error": error,
+        "verdict": verdict(error, tolerance, 1.0, MOST),
+        "tolerance": tolerance,
+        "same_logits": all(torch.equal(each, logits[0]) for each in logits) if logits else None,
+    }
+    for key in (
+        *("peak_anonymous_bytes", "peak_file_bytes", "kept_bytes", "device_peak_bytes"),
+        *("first_call_seconds", "peak_bytes_called", "disk_bytes"),
+    ):
+        values = [sample[key] for sample in samples if sample.get(key) is not None]
+        row[key] = statistics.median(values) if values else None
+    row["note"] = _note(row)
+    return row
+
+
+def _note(row: Row) -> str:
+    notes = []
+    if row["same_logits"] is False:
+        notes.append("its runs differ in their logits")
+    if (row["disk_bytes"] or 0) > max(0.01 * row["checkpoint_bytes"], FROM_DISK):
+        notes.append(f"{size(int(row['disk_bytes']))} came from the disk: the page cache did not hold all")
+    return "; ".join(notes)
+
+
+def _compare(rows: list[Row]) -> None:
+    """Fill in what takes several rows: ratios, the share of the limit, and whether the targets are met.
+
+    The limit of a row is reading as many bytes as it reads, as fast as the packed checkpoint was read into memory
+    that was kept.
+    """
+    add_ratios(rows)
+    speed = next((row["gb_per_s"] for row in rows if row["kernel"] == READ), None)
+    for row in rows:
+        limit = None if speed is None else row["checkpoint_bytes"] / speed / 1e9
+        row["limit_seconds"] = limit
+        row["share_of_limit"] = None if limit is None else limit / row["seconds"]
+        row["times_reading"] = None if limit is None else row["seconds"] / limit
+        most = MOST_MEMORY * row["checkpoint_bytes"] + MOST_BESIDES
+        row["meets"] = {
+            "time": None if limit is None else row["seconds"] <= MOST_TIME * limit,
+            "memory": row["peak_most"] <= most,
+        }
+
+
+def reading_limit(rows: Sequence[Row]) -> Row:
+    """Return what the rows say of reading alone, as the report's "limit" has it: GB/s, the best of all models."""
+    names = {"page_cache_gb_per_s": READ, "page_cache_reused_gb_per_s": READ_REUSED}
+    return {
+        key: max((row["gb_per_s"] for row in rows if row["kernel"] == name), default=None)
+        for key, name in names.items()
+    }
+
+
+def load_table(rows: Sequence[Row], ours: str) -> str:
+    """Return the rows of one model as a table, a line for each loader."""
+    lead: dict[str, float] = next((row["ratio_to"] for row in rows if row["kernel"] == ours), {})
+    heads = ("time", "p20", "p80", "with imports", "GB/s", "x reading", "peak", "x files", "first call")
+    lines = [("", "dtype", *heads, "max error", "", f"{ours} is")]
+    for row in rows:
+        ratio, times, first = lead.get(row["kernel"]), row["times_reading"], row["first_call_seconds"]
+        lines.append(
+            (
+                row["kernel"],
+                row["dtype"] or "",
+                *(duration(row[key]) for key in ("seconds", "p20", "p80", "total_seconds")),
+                f"{row['gb_per_s']:.2f}",
+                "" if times is None else f"{times:.2f}",
+                size(int(row["peak_bytes"])),
+                f"{row['peak_to_checkpoint']:.2f}",
+                "" if first is None else duration(first),
+                f"{row['max_error']:.1e}" if row["dtype"] else "",
+                {"wrong": "WRONG"}.get(row["verdict"], row["verdict"]) if row["dtype"] else "",
+                "" if ratio is None else f"{ratio:.2f}x as fast",
+            )
+        )
+    return table(lines)
+
+
+def load_lines(rows: Sequence[Row], ours: str) -> list[str]:
+    """Return what there is to say of a model besides the table: the limit, and the targets of ours."""
+    speeds = {row["kernel"]: row for row in rows}
+    lines = []
+    if READ in speeds and READ_REUSED in speeds:
+        kept, reused = speeds[READ], speeds[READ_REUSED]
+        lines.append(
+            f"reading {size(kept['checkpoint_bytes'])} from the page cache takes {duration(kept['seconds'])} into "
+            f"memory that is kept, {duration(reused['seconds'])} through a buffer that is used again"
+        )
+    if ours in speeds:
+        lines += _lines_of_ours(speeds[ours])
+    for row in rows:
+        if row["device_peak_bytes"] is not None:
+            lines.append(f"{row['kernel']} allocates {size(int(row['device_peak_bytes']))} on the device at the peak")
+    return lines
+
+
+def _lines_of_ours(row: Row) -> list[str]:
+    parts = []
+    if row["times_reading"] is not None:
+        parts.append(f"{row['times_reading']:.2f} times reading {_met(row, 'time', f'at most {MOST_TIME:g}')}")
+    most = f"at most {MOST_MEMORY:.2f} x {size(row['checkpoint_bytes'])} + {size(MOST_BESIDES)}"
+    parts.append(f"{size(int(row['peak_most']))} at the peak {_met(row, 'memory', most)}")
+    lines = [f"{row['kernel']} takes {' and '.join(parts)}"]
+    if row["peak_anonymous_bytes"] is not None:
+        own, file = size(int(row["peak_anonymous_bytes"])), size(int(row["peak_file_bytes"]))
+        lines.append(
+            f"its memory, looked at every {SAMPLE * 1e3:.0f} ms: {own} of its own and {file} of files and shared "
+            f"memory at most; {size(int(row['kept_bytes']))} when it is done"
+        )
+    return lines
+
+
+def _met(row: Row, what: str, target: str) -> str:
+    return f"(target: {target}: {'met' if row['meets'][what] else 'NOT met'})"
+
+
+def load_summary(rows: Sequence[Row], ours: str) -> Iterator[str]:
+    """Yield what a report's rows come to, model by model."""
+    for case in dict.fromkeys(case_name(row) for row in rows):
+        here = [row for row in rows if case_name(row) == case]
+        yield f"\n{case}\n"
+        yield load_table(here, ours)
+        yield from load_lines(here, ours)
