@@ -23,7 +23,8 @@ from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.packed_layer import PARTS, PackedLayer
 from ropewalk.loader.quantize_config import CONFIG_KEY, FILES, with_values
 from ropewalk.loader.reader import Reader
-from ropewalk.loader.source import NEVER, SIDE_FILES, WEIGHTS, find_source
+from ropewalk.loader.repository_files import NEVER, SIDE_FILES, WEIGHTS
+from ropewalk.loader.source import find_source
 from ropewalk.loader.tensor_file import Spec
 from ropewalk.loader.write import SHARD_BYTES, check_out, publish, work_folder, write_json, write_streaming
 

@@ -82,7 +82,7 @@ def test_without_kernels_there_are_no_modes(monkeypatch):
     [
         (["--mode", "int8"], "--mode: expected it for matmul and decode on a CPU, found modes"),
         (["--dtype", "bfloat16"], "--dtype: expected float32 for modes, found bfloat16"),
-        (["--plot", "plot.png"], "--plot: expected it for rope, matmul and decode, found modes"),
+        (["--plot", "plot.png"], "--plot: expected it for rope, matmul, decode and load, found modes"),
     ],
 )
 def test_options_of_the_others(capsys, arguments, complaint):

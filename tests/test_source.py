@@ -19,7 +19,8 @@ import pytest
 import ropewalk
 from ropewalk.cli import main
 from ropewalk.errors import CheckpointError, HubError, MissingFileError, UsageError
-from ropewalk.loader.source import _split, choose_adapter_files, choose_model_files, find_adapter, find_source
+from ropewalk.loader.repository_files import choose_adapter_files, choose_model_files
+from ropewalk.loader.source import _split, find_adapter, find_source
 
 TOKEN = "hf_test"
 

@@ -289,6 +289,7 @@ def _modes(args: argparse.Namespace, out: Output) -> None:
     if args.plot:
         raise UsageError("--plot: expected it for rope, matmul, decode and load, found modes")
     args.rope, args.device, args.dtype = "auto", "cpu", "float32"
+    args.bits = args.group_size = None  # those of the model
     text = held_out_text() if args.text is None else read_text(args.text, "--text")
     contexts = sorted(set(args.context))
     model, tokenizer = load(args, out)
