@@ -40,11 +40,14 @@ class Stack:
         self.scales = _stacked(layers, "scales")
         self.zeros = _stacked_or_none([layer._zeros for layer in layers], self._symmetric)
         self.order = _stacked_or_none([layer._order for layer in layers], lambda: self._unmoved(first))
-        self.bias = _stacked_or_none([layer.bias for layer in layers], lambda: torch.zeros_like(self.scales[0, 0]))
+        self.bias = _stacked_or_none([layer.bias for layer in layers], self._no_bias)
         self._first = first
 
     def _symmetric(self) -> Tensor:
         return torch.full(self.scales.shape[1:], 1 << (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
+
+    def _no_bias(self) -> Tensor:
+        return torch.zeros(self.out_features, dtype=torch.float16, device=self.words.device)
 
     def _unmoved(self, layer: QuantLinear) -> Tensor:
         """Return the order of a layer whose rows stay where they are."""
@@ -195,6 +198,7 @@ def _stacked(layers: Sequence[QuantLinear], name: str) -> Tensor:
 
 
 def _stacked_or_none(tensors: Sequence[Tensor | None], default: Callable[[], Tensor]) -> Tensor | None:
-    if all(tensor is None for tensor in tensors):
+    dtype = next((tensor.dtype for tensor in tensors if tensor is not None), None)
+    if dtype is None:
         return None
-    return torch.stack([default() if tensor is None else tensor for tensor in tensors])
+    return torch.stack([(default() if tensor is None else tensor).to(dtype) for tensor in tensors])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import ropewalk
 from ropewalk.errors import CheckpointError, RopewalkError
 from ropewalk.loader.checkpoint import open_checkpoint
+from ropewalk.loader.experts import PackedExperts
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.quantize import _merged
 
@@ -193,6 +194,35 @@ def test_experts_that_were_packed_in_two_ways(tmp_path, make_checkpoint, referen
     weights |= {n: tensor for n, tensor in others.items() if any(t in n for t in taken)}
     model, _ = ropewalk.load(tmp_path, device_map="cpu", dtype="float32")
     within_torchs_own_error(model, reference_model(tmp_path, weights))
+
+
+def test_experts_of_which_some_have_a_bias(tmp_path, make_checkpoint):
+    """As GPTQ-for-LLaMa gave layers one that is all zeros; one that is not must count."""
+    make_checkpoint(tmp_path, "mixtral")
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        before = ropewalk.load(tmp_path)[0](ids).logits
+    tensors = load_file(tmp_path / "model.safetensors")
+    some = [f"model.layers.{i}.block_sparse_moe.experts.{j}.w{k}" for i, j, k in ((0, 2, 1), (1, 5, 2), (1, 7, 3))]
+    for name in some:
+        tensors[f"{name}.bias"] = torch.zeros(tensors[f"{name}.qweight"].shape[1]).half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(ropewalk.load(tmp_path)[0](ids).logits, before)
+    for name in some:
+        tensors[f"{name}.bias"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, _ = ropewalk.load(tmp_path)
+    for layer in model.modules():
+        if isinstance(layer, PackedExperts):
+            assert layer._stacks is not None
+    with torch.inference_mode():
+        found = model(ids).logits
+        assert (found - before).abs().max() > 1e-2
+        for layer in model.modules():
+            if isinstance(layer, PackedExperts):
+                layer._stacks, layer._stackable = None, False  # one by one, then
+        assert (found - model(ids).logits).abs().max() < 1e-4
 
 
 def test_experts_of_a_layer_that_are_not_packed(tmp_path, make_checkpoint, reference_model):
