@@ -154,7 +154,7 @@ def _open(path: Path, about: Mapping[str, Any], skeleton: Skeleton) -> dict[str,
             return _map(file.fileno(), path, entries, found, skeleton)
     except (CheckpointError, OSError) as error:
         log.info("cache_packed: written anew: %s", error)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.info("cache_packed: written anew: %s: expected what ropewalk writes, found %r", path, error)
     return None
 

@@ -421,7 +421,9 @@ def header_entries(rng: Rng, files: Files) -> None:
             offsets[rng.randrange(len(offsets))] = _value(rng, offsets[0])
         elif kind == 4 and isinstance(offsets, list):
             step = rng.choice((1, 2, 4, 64, 10**6))
-            entry["data_offsets"] = rng.choice((offsets[::-1], [*offsets, 0], [o + step for o in offsets], offsets[:1]))
+            entry["data_offsets"] = rng.choice(
+                (offsets[::-1], [*offsets, 0], [o + step for o in offsets if isinstance(o, int)], offsets[:1])
+            )
         elif kind == 5:
             key = rng.choice((*NAMES, key + ".x", key[:-1], key.upper(), pairs[rng.randrange(len(pairs))][0]))
         elif kind == 6:
