@@ -9,12 +9,12 @@ gptqmodel; `apply_rotary_pos_emb` of the modeling modules that are imported (see
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import CheckpointError, UsageError
+from ropewalk.patches.replace import Replacements, expect_arguments, installed
 
 # What from_pretrained takes that means nothing for a packed folder on this machine, or is settled by it.
 _WITHOUT_MEANING = frozenset(
@@ -26,39 +26,33 @@ _WITHOUT_MEANING = frozenset(
     }
 )
 
-# What was there before: names of PreTrainedModel -> their values; empty while nothing is patched.
-_originals: dict[str, Any] = {}
+_replaced = Replacements()
 
 
 def apply() -> str:
     """Patch transformers; return one line that says what was done. Doing it twice changes nothing.
 
     Raises:
-        UsageError: a transformers whose methods have other arguments than are known here; nothing is changed then.
+        PatchError: a transformers whose methods have other arguments than are known here; nothing is changed then.
     """
     from transformers import PreTrainedModel
 
     from ropewalk.loader import apply_rotary
     from ropewalk.loader.rotary import register_rope_types
 
-    if not _originals:
-        _expect("PreTrainedModel", PreTrainedModel.__init__, "config")
-        _expect("from_pretrained", PreTrainedModel.from_pretrained.__func__, "pretrained_model_name_or_path")
-        _originals.update({name: PreTrainedModel.__dict__[name] for name in ("__init__", "from_pretrained")})
-        PreTrainedModel.__init__ = _init(PreTrainedModel.__init__)
-        PreTrainedModel.from_pretrained = classmethod(_from_pretrained(PreTrainedModel.from_pretrained.__func__))
+    if not _replaced:
+        init, from_pretrained = PreTrainedModel.__init__, PreTrainedModel.from_pretrained.__func__
+        expect_arguments("transformers", "PreTrainedModel", init, ["self", "config"])
+        known = ["cls", "pretrained_model_name_or_path"]
+        expect_arguments("transformers", "from_pretrained", from_pretrained, known)
+        _replaced.put(PreTrainedModel, "__init__", _init(init))
+        _replaced.put(PreTrainedModel, "from_pretrained", classmethod(_from_pretrained(from_pretrained)))
     register_rope_types()
     apply_rotary.replace_imported()
     return (
         "transformers: GPTQ checkpoints load with ropewalk; rope types partial-ntk, ntk-by-parts and ntk registered; "
         "half-rotated families rotate q and k in one kernel on a GPU"
     )
-
-
-def _expect(name: str, method: Any, second: str) -> None:
-    found = list(inspect.signature(method).parameters)
-    if found[1:2] != [second]:
-        raise UsageError(f"transformers: expected {name}({second}, ...), found ({', '.join(found[1:])})")
 
 
 def _init(original: Any) -> Any:
@@ -163,21 +157,15 @@ def revert() -> str:
     from ropewalk.loader import apply_rotary
 
     apply_rotary.restore()
-    if _originals:
-        from transformers import PreTrainedModel
-
-        for name, original in _originals.items():
-            setattr(PreTrainedModel, name, original)
-        _originals.clear()
+    _replaced.restore()
     return "transformers: as it was"
 
 
 def status() -> dict[str, Any]:
-    """Return {"package", "version", "applied"}; it imports nothing that is not imported already."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        installed: str | None = version("transformers")
-    except PackageNotFoundError:
-        installed = None
-    return {"package": "transformers", "version": installed, "applied": bool(_originals)}
+    """Return {"package", "version", "tested", "applied"}."""
+    return {
+        "package": "transformers",
+        "version": installed("transformers"),
+        "tested": "5.6 to 5.23",
+        "applied": bool(_replaced),
+    }

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ropewalk import cpu
-from ropewalk.errors import UsageError
+from ropewalk.errors import PatchError
 from ropewalk.loader import apply_rotary
 from ropewalk.loader.quantizer import install_rope
 from ropewalk.patches import transformers as patch
@@ -243,7 +243,7 @@ def test_a_module_that_imported_the_function_after_it_was_replaced(monkeypatch):
 
 def test_a_transformers_that_builds_models_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "__init__", lambda self, *arguments: None)
-    with pytest.raises(UsageError, match=r"expected PreTrainedModel\(config, ...\), found \(arguments\)"):
+    with pytest.raises(PatchError, match=r"expected PreTrainedModel\(self, config, ...\), found self, arguments"):
         patch.apply()
 
 

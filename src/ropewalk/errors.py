@@ -119,3 +119,16 @@ class PickleFileError(CheckpointError):
 
 class UnsafePickleError(PickleFileError):
     """A .pt or .bin file that is not opened, because reading it could run code or take any amount of memory."""
+
+
+class PatchError(RopewalkError):
+    """A front end whose code is not as it is known here, so that nothing of it was replaced.
+
+    Attributes:
+        front_end: the package, with its version.
+        expected, found: the two sides of the disagreement, as text.
+    """
+
+    def __init__(self, front_end: str, expected: object, found: object):
+        self.front_end, self.expected, self.found = front_end, str(expected), str(found)
+        super().__init__(f"{front_end}: expected {expected}, found {found}; nothing was replaced")

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     import ropewalk
     from ropewalk import cpu as cpu_kernels
     from ropewalk.loader.inspect import kernels
-    from ropewalk.patches import transformers
+    from ropewalk.patches import statuses
 
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     devices = [
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         "compiler": built["compiler"],
         "kernels": kernels(),
         "cpu_kernels": built,
-        "patches": [transformers.status()],
+        "patches": statuses(),
         "problems": problems,
     }
     out.result(found)
@@ -77,17 +77,18 @@ def run(args: argparse.Namespace, out: Output) -> None:
     rows += [("kernels", ", ".join(f"{device}: {kernel}" for device, kernel in found["kernels"].items()))]
     took = "" if seconds is None else f", built in {seconds:.1f} s" if seconds else ", built before"
     rows += [("cpu kernels", ": ".join(filter(None, (built["state"], built["library"] or built["why"]))) + took)]
-    rows += [
-        (
-            f"patch {status['package']}",
-            "applied in this process" if status["applied"] else f"{status['version']}, not applied",
-        )
-        for status in found["patches"]
-    ]
+    rows += [(f"patch {status['front_end']}", _patch(status)) for status in found["patches"]]
     rows += [("problem", text) for text in problems]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         out.say(f"{name.ljust(width)}  {text}")
+
+
+def _patch(status: dict[str, Any]) -> str:
+    if status["version"] is None:
+        return f"{status['package']} is not installed"
+    state = "applied in this process" if status["applied"] else "not applied"
+    return f"{status['package']} {status['version']} (tested with {status['tested']}), {state}"
 
 
 def _build() -> float:
