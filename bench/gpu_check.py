@@ -1,16 +1,19 @@
 """What only the device can show: a second run and a CUDA graph give the same bits, and the right ones.
 
-    python -m ropewalk.bench.gpu_check [--device cuda] [--small]
+    python -m ropewalk.bench.gpu_check [--device cuda] [--small] [--workers N]
 
 Every bit width, group size, order and zero point. With --small at sizes for which compute-sanitizer has the
-patience, and without graphs, which torch cannot capture with its allocator out of the sanitizer's way. Prints
-a line for each failure and one at the end; exits with 1 if there was a failure.
+patience, and without graphs, which torch cannot capture with its allocator out of the sanitizer's way. Nearly all
+of the time goes into compiling, which several workers share. Prints a line for each failure and one at the end; exits
+with 1 if there was a failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,12 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the cases (default: 1)")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of a worker
     args = parser.parse_args(arguments)
+    if args.part is None and args.workers > 1:
+        return _share(args)
     torch.manual_seed(0)
     device = torch.device(args.device)
     count, failures = 0, 0
+    mine = slice(args.part or 0, None, args.workers)
     with torch.inference_mode():
-        for name, fault in itertools.chain(_matmuls(device, args.small), _rotations(device, args.small)):
+        for name, fault in itertools.chain(_matmuls(device, args.small, mine), _rotations(device, args.small, mine)):
             count += 1
             if fault:
                 failures += 1
@@ -47,12 +55,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _matmuls(device: torch.device, small: bool) -> Iterator[tuple[str, str]]:
-    """Yield each case's name and what is wrong with it, or ""."""
+def _share(args: argparse.Namespace) -> int:
+    """Run the cases in several processes; return the exit status."""
+    command = [sys.executable, "-m", "ropewalk.bench.gpu_check", "--device", args.device]
+    command += ["--workers", str(args.workers), *(["--small"] if args.small else [])]
+    workers = [
+        subprocess.Popen([*command, "--part", str(part)], stdout=subprocess.PIPE, text=True)
+        for part in range(args.workers)
+    ]
+    count, failures, broken = 0, 0, 0
+    for worker in workers:
+        lines = worker.communicate()[0].splitlines()
+        summary = re.fullmatch(r"(\d+) cases on .*, (\d+) failures", lines[-1]) if lines else None
+        if summary is None:
+            broken += 1
+            print(*lines, f"a worker ended with {worker.returncode} before its last case", sep="\n")
+            continue
+        print(*lines[:-1], sep="\n", end="\n" if lines[1:] else "")
+        count, failures = count + int(summary[1]), failures + int(summary[2])
+    print(f"{count} cases on {args.device}, {failures} failures")
+    return 1 if failures or broken else 0
+
+
+def _matmuls(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str, str]]:
+    """Yield the name of each case of every weight that is ours to check, and what is wrong with it, or ""."""
     k, n = (256, 192) if small else (1024, 768)
     ms = (1, 17) if small else (1, 2, 5, 8, 16, 33, 64, 200, 1024)
     groups = (-1, 32) if small else (-1, 32, 64, 128)
-    for bits, group_size, desc_act, sym in itertools.product((2, 3, 4, 8), groups, (False, True), (False, True)):
+    settings = list(itertools.product((2, 3, 4, 8), groups, (False, True), (False, True)))
+    for bits, group_size, desc_act, sym in settings[mine]:
         weight = random_weight(k, n, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, device=device)
         dense = weight.dense().t().contiguous()
         for dtype in (torch.float16, torch.bfloat16):
@@ -74,10 +105,11 @@ def _matmuls(device: torch.device, small: bool) -> Iterator[tuple[str, str]]:
                     yield name, ""
 
 
-def _rotations(device: torch.device, small: bool) -> Iterator[tuple[str, str]]:
-    """Yield each case's name and what is wrong with it, or ""."""
+def _rotations(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str, str]]:
+    """Yield the name of each case that is ours to check, and what is wrong with it, or ""."""
     shapes = [Heads(4, 2, 64)] if small else [Heads(40, 40, 128), Heads(64, 8, 128), Heads(3, 1, 80)]
-    for heads, tokens, dtype in itertools.product(shapes, (1, 7, 300), (torch.float16, torch.bfloat16, torch.float32)):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for heads, tokens, dtype in list(itertools.product(shapes, (1, 7, 300), dtypes))[mine]:
         inputs = make_inputs(heads, tokens, dtype, device)
         exact = torch.cat(
             [t.flatten() for t in rope(inputs.q.float(), inputs.k.float(), inputs.inv_freq, inputs.position_ids)]
