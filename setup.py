@@ -113,7 +113,7 @@ setup(
     packages=packages,
     package_data={
         "ropewalk": ["py.typed", "models/*/*"],
-        "ropewalk.gptq": ["tuned/*.json"],
+        "ropewalk.gptq": ["tuned/*.json", "*.cu"],
         "ropewalk.cpu": ["*.cpp", "*.h"],
     },
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},

@@ -86,7 +86,8 @@ def _matmuls(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[s
     for bits, group_size, desc_act, sym in settings[mine]:
         weight = random_weight(k, n, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, device=device)
         dense = weight.dense().t().contiguous()
-        for dtype in (torch.float16, torch.bfloat16):
+        # In turns, or most of the time would go into compiling.
+        for dtype in (torch.float16, torch.bfloat16) if small else ((torch.bfloat16, torch.float16)[desc_act ^ sym],):
             run = Ropewalk().prepare(weight.clone(), dtype)
             for m in ms:
                 x = torch.randn(m, k, device=device).to(dtype)

@@ -25,7 +25,7 @@ FOLDERS = {
     "src/ropewalk": "face",
 }
 # What the lowest floor may need from outside.
-KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", "ropewalk", *sys.stdlib_module_names}
+KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", "cuda", "ropewalk", *sys.stdlib_module_names}
 
 
 def imports(path):

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 
 from ropewalk.errors import FormatError
+from ropewalk.gptq.few_tokens import MOST_TOKENS
 from ropewalk.gptq.layout import rows_per_block
 
-KERNELS = ("decode", "matmul", "dense")
+KERNELS = ("cuda", "decode", "matmul", "dense")
 _POWERS = tuple(1 << i for i in range(11))
 
 
@@ -32,9 +34,9 @@ class Plan:
 
     Attributes:
         max_m: the most tokens it is for; None for any number.
-        kernel: "decode" (triton_decode), "matmul" (triton_matmul) or "dense" (dequantized whole, then the
-            matmul library).
-        block_m, block_n: tokens and columns of one program.
+        kernel: "cuda" (few_tokens), "decode" (triton_decode), "matmul" (triton_matmul) or "dense" (dequantized whole,
+            then the matmul library).
+        block_m, block_n: tokens and columns of one program; "cuda" takes all tokens.
         gather: whether the activations are brought into the weight's order by a step of their own, not as they
             are loaded: an access by 2 bytes keeps many tokens from being loaded ahead.
         bits: the only widths it is for; empty for all.
@@ -58,9 +60,19 @@ class Plans:
     programs_per_multiprocessor: int
     measured: str | None
 
-    def choose(self, m: int, bits: int) -> Plan:
-        """Return the plan for m tokens and a weight of so many bits."""
-        return next(p for p in self.plans if (p.max_m is None or m <= p.max_m) and (not p.bits or bits in p.bits))
+    def choose(self, m: int, bits: int, cuda_takes: Callable[[Plan], bool] | None = None) -> Plan:
+        """Return the plan for m tokens and a weight of so many bits.
+
+        Args:
+            cuda_takes: whether a plan with the kernel "cuda" can be followed; without it none can.
+        """
+        return next(
+            p
+            for p in self.plans
+            if (p.max_m is None or m <= p.max_m)
+            and (not p.bits or bits in p.bits)
+            and (p.kernel != "cuda" or (cuda_takes is not None and cuda_takes(p)))
+        )
 
 
 def user_folder() -> Path:
@@ -104,6 +116,11 @@ def parse_plans(text: str, file: str) -> Plans:
         if plan.kernel not in KERNELS or odd:
             found_here = ", ".join(odd) or repr(plan.kernel)
             raise FormatError("plans", f"{', '.join(KERNELS)}, and powers of two for sizes", found_here, file)
+        if plan.kernel == "cuda" and (plan.max_m is None or plan.max_m > MOST_TOKENS or plan.block_n < 16):
+            found_here = f"max_m {plan.max_m}, block_n {plan.block_n}"
+            raise FormatError(
+                "plans", f"for cuda at most {MOST_TOKENS} tokens and at least 16 columns", found_here, file
+            )
     if not any(plan.max_m is None and not plan.bits for plan in plans):
         raise FormatError("plans", "one for any number of tokens and all widths", "none", file)
     return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ropewalk.gptq import few_tokens
 from ropewalk.gptq.layout import PLANE, WORDS, bit_planes, rows_per_block
 from ropewalk.gptq.plans import Plan, device_plans, split_k
 from ropewalk.gptq.reference import gated
@@ -66,7 +68,14 @@ def packed_linear(
     m = rows.shape[0]
     plans, multiprocessors = device_plans(x.device)
     if plan is None:
-        plan = plans.choose(m, bits)
+
+        def cuda_takes(plan: Plan) -> bool:
+            tiles = plan.block_n // 16
+            return not gate_up and few_tokens.takes(
+                x, words, scales, bias, bits=bits, group_size=group_size, tiles=tiles
+            )
+
+        plan = plans.choose(m, bits, cuda_takes)
         if x.dtype == torch.float32 and m > 8 and plan.kernel == "matmul":
             # No tensor core multiplies float32, and twice as wide tiles ask for more shared memory than some have.
             plan = _DENSE
@@ -79,8 +88,27 @@ def packed_linear(
         )
         y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
         return (gated(y) if gate_up else y).reshape(*leading, kept)
-    if plan.gather and order is not None:
+    if order is not None and (m > 1 if plan.kernel == "cuda" else plan.gather):
         rows, order = rows.index_select(1, order), None
+    if plan.kernel == "cuda":
+        y = few_tokens.few_tokens(
+            rows,
+            words,
+            scales,
+            zeros,
+            order,
+            bias,
+            bits=bits,
+            group_size=group_size,
+            tiles=plan.block_n // 16,
+            warps=plan.num_warps,
+            stages=plan.num_stages,
+            split=split or 1,
+        )
+        if y.ndim == 3:
+            parts, y = y, torch.empty(m, columns, dtype=x.dtype, device=x.device)
+            _add_parts(reduce_kernel, parts, scales if bias is None else bias, y, columns, bias is not None)
+        return y.reshape(*leading, columns)
     block_m = triton.next_power_of_2(m) if plan.kernel == "decode" else plan.block_m
     grid_n, grid_m = triton.cdiv(columns, plan.block_n), triton.cdiv(m, block_m)
     if split is None:
@@ -126,15 +154,13 @@ def packed_linear(
         matmul_kernel[(grid_m, grid_n, split)](*arguments, SPLIT_K=split, DTYPE=DTYPES[x.dtype], **constants)
     if split > 1:
         reduce = reduce_gate_up_kernel if gate_up else reduce_kernel
-        reduce[(triton.cdiv(m * kept, _REDUCE_BLOCK),)](
-            parts,
-            scales if bias is None else bias,
-            out,
-            m * kept,
-            columns,
-            HAS_BIAS=bias is not None,
-            SPLIT_K=split,
-            BLOCK=_REDUCE_BLOCK,
-            num_warps=4,
-        )
+        _add_parts(reduce, parts, scales if bias is None else bias, out, columns, bias is not None)
     return out.reshape(*leading, kept)
+
+
+def _add_parts(kernel: Any, parts: Tensor, bias: Tensor, out: Tensor, columns: int, has_bias: bool) -> None:
+    """Add the parts of a product whose K was split into `out`."""
+    size = out.numel()
+    kernel[(triton.cdiv(size, _REDUCE_BLOCK),)](
+        parts, bias, out, size, columns, HAS_BIAS=has_bias, SPLIT_K=parts.shape[0], BLOCK=_REDUCE_BLOCK, num_warps=4
+    )

@@ -282,5 +282,6 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device: expected one of the {torch.cuda.device_count()} GPUs here, found {name!r}")
-        torch.cuda.set_device(device)
+        if device.index is not None:  # before torch 2.13 another call than this one is wanted for the current GPU
+            torch.cuda.set_device(device)
     return device

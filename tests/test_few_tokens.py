@@ -1,0 +1,134 @@
+"""The kernel in CUDA C++ for few tokens: emulated on the CPU, thread by thread, and on a GPU where there is one."""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ropewalk.bench.peers.weight import random_weight
+from ropewalk.gptq.few_tokens import Variant, available
+from ropewalk.gptq.layout import bit_planes, row_order, rows_per_block, to_execution
+from ropewalk.gptq.plans import Plan
+from ropewalk.gptq.triton_linear import packed_linear
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "kernels" / "gptq" / "few_tokens.cu"
+ENTRY = """
+extern "C" void run(const u16* x, const int* low, const u16* high, const u16* scales, const u8* zeros, const int* order,
+                    const u16* bias, void* out, int M, int N, int K, i64 stride_x, int each, int columns, int parts,
+                    int bytes) {
+    run_grid(columns, parts, WARPS, bytes, [=] {
+        few_tokens(x, low, high, scales, zeros, order, bias, out, M, N, K, stride_x, each);
+    });
+}
+"""
+
+# bits, group size, symmetric, act-order, tokens, dtype, scales' dtype, bias, tiles, warps, stages, parts, K
+CASES = [
+    (4, 128, True, False, 1, "float16", "float16", False, 1, 2, 3, 1, 512),
+    (4, 128, True, True, 1, "float16", "float16", True, 1, 2, 3, 1, 640),
+    (4, 32, False, False, 3, "float16", "float16", False, 2, 2, 4, 1, 384),
+    (4, 32, False, True, 1, "bfloat16", "float16", True, 2, 2, 3, 2, 512),
+    (4, -1, True, False, 8, "float16", "bfloat16", True, 1, 2, 3, 1, 384),
+    (4, 64, False, False, 11, "bfloat16", "bfloat16", False, 1, 3, 3, 3, 448),
+    (4, 256, False, False, 1, "float16", "float16", False, 1, 2, 3, 1, 1024),
+    (3, 128, True, False, 1, "float16", "float16", False, 1, 2, 3, 1, 640),
+    (3, 32, False, True, 1, "float16", "float16", False, 2, 2, 3, 1, 512),
+    (3, -1, False, False, 2, "bfloat16", "float16", True, 1, 2, 3, 1, 544),
+    (2, 64, False, False, 5, "float16", "float16", False, 1, 2, 3, 2, 768),
+    (2, 256, True, False, 1, "bfloat16", "float16", False, 1, 2, 3, 1, 768),
+    (8, 32, False, False, 1, "float16", "float16", False, 2, 2, 3, 1, 256),
+    (8, 128, False, True, 1, "bfloat16", "bfloat16", True, 1, 2, 3, 1, 384),
+    (8, -1, True, False, 17, "bfloat16", "float16", False, 1, 2, 3, 1, 192),
+]
+
+
+def problem(case, device="cpu"):
+    bits, group_size, sym, act_order, m, dtype, scale_dtype, bias, tiles, *_, k = case
+    n = 16 * tiles * 2
+    weight = random_weight(k, n, bits=bits, group_size=group_size, desc_act=act_order, sym=sym, device=device)
+    order = row_order(weight.g_idx, group_size) if weight.act_order else None
+    words = to_execution(weight.qweight, bits, order)
+    scales = weight.scales.to(getattr(torch, scale_dtype))
+    zeros = None if sym else weight.zeros()
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(m, k, generator=generator, device=device).to(getattr(torch, dtype))
+    b = torch.randn(n, generator=generator, device=device).to(torch.float16) if bias else None
+    rows = weight.g_idx.long() if act_order else torch.arange(k, device=device) // weight.rows_per_group
+    point = (weight.zeros() if zeros is not None else torch.full_like(weight.scales, 1 << (bits - 1)))[rows]
+    dense = (weight.codes().double() - point.double()) * scales.double()[rows]
+    expected = x.double() @ dense + (b.double() if bias else 0)
+    return (x, words, scales, zeros, order, b), expected
+
+
+def agree(found, expected, dtype):
+    # The product itself is summed in float32; what is rounded is the result.
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
+    assert found.isfinite().all()
+    assert ((found.double() - expected).abs() <= rounding * expected.abs() + 1e-5 * expected.abs().max()).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_emulated(case, tmp_path):
+    bits, group_size, sym, _, m, dtype, scale_dtype, bias, tiles, warps, stages, parts, k = case
+    (x, words, scales, zeros, order, b), expected = problem(case)
+    n = words.shape[1]
+    variant = Variant(
+        bits=bits,
+        group=0 if group_size == -1 else group_size,
+        has_zeros=not sym,
+        has_order=order is not None,
+        x_bf16=dtype == "bfloat16",
+        scale_bf16=scale_dtype == "bfloat16",
+        has_bias=bias,
+        bias_bf16=False,
+        tiles=tiles,
+        tokens=-(-m // 8),
+        warps=warps,
+        stages=stages,
+    )
+    (tmp_path / "run.cpp").write_text(f'#include "{SOURCE}"\n{ENTRY}')
+    header = f'-DROPEWALK_EMULATED="{HERE / "emulated_cuda.h"}"'
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", header, *variant.defines()]
+    subprocess.run([*command, str(tmp_path / "run.cpp"), "-o", str(tmp_path / "run.so")], check=True)
+    run = ctypes.CDLL(str(tmp_path / "run.so")).run
+    low, high = bit_planes(words, bits)
+    each = math.ceil(math.ceil(k / rows_per_block(bits)) / parts)
+    split = parts > 1
+    shape = (parts, m, n) if split else (m, n)
+    out = torch.full(shape, float("nan"), dtype=torch.float32 if split else x.dtype)
+    pointers = [
+        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, low, high, scales, zeros, order, b, out)
+    ]
+    sizes = [m, n, k, ctypes.c_longlong(x.stride(0)), each, n // (16 * tiles), parts, variant.shared_bytes(each, m, k)]
+    run(*pointers, *sizes)
+    if split:
+        out = (out.sum(0) + (b.float() if bias else 0)).to(x.dtype)
+    agree(out, expected, dtype)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and available()), reason="needs a GPU, cuda-bindings and NVRTC")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_on_a_gpu(case):
+    bits, group_size, *_, dtype, _, _, tiles, warps, stages, parts, _ = case
+    (x, words, scales, zeros, order, b), expected = problem(case, "cuda")
+    plan = Plan(64, "cuda", block_n=16 * tiles, num_warps=warps, num_stages=stages)
+    settings = {"bits": bits, "group_size": group_size, "plan": plan, "split": parts}
+    y = packed_linear(x, words, scales, zeros, order, b, **settings)
+    agree(y, expected, dtype)
+    assert torch.equal(y, packed_linear(x, words, scales, zeros, order, b, **settings))
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and available()), reason="needs a GPU, cuda-bindings and NVRTC")
+@pytest.mark.parametrize("k", [4096, 28672])
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_more_activations_than_shared_memory_holds(m, k):
+    case = (4, 128, True, True, m, "float16", "float16", False, 2, 8, 4, 1, k)
+    (x, words, scales, zeros, order, b), expected = problem(case, "cuda")
+    plan = Plan(64, "cuda", block_n=32, num_warps=8, num_stages=4)
+    agree(packed_linear(x, words, scales, zeros, order, b, bits=4, group_size=128, plan=plan), expected, "float16")
