@@ -7,6 +7,7 @@ that it does not fit the noise of one. A width gets a plan of its own where that
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ import torch
 
 from ropewalk.bench.peers.weight import Weight, random_weight
 from ropewalk.bench.timing import Rotation, copies, measure
+from ropewalk.errors import RopewalkError
+from ropewalk.gptq.few_tokens import MOST_TOKENS
 from ropewalk.gptq.layout import row_order, to_execution
 from ropewalk.gptq.plans import Plan, split_k
 from ropewalk.gptq.triton_linear import packed_linear
 
-# The largest number of tokens of each plan; timed at that number, the first at 1 as well.
-BUCKETS = (8, 16, 32, 64, 128, 256)
+# The largest number of tokens of each plan; timed at that number.
+BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256)
 GAIN = 0.03
 PROGRAMS = (1, 2, 3, 4, 6, 8)  # for each multiprocessor
 
@@ -68,13 +71,17 @@ def cases(
     return made
 
 
-def candidates(m: int, *, tensor_cores: bool = True) -> Iterator[Plan]:
+def candidates(m: int, *, tensor_cores: bool = True, cuda: bool = False) -> Iterator[Plan]:
     """Return the plans worth trying for m tokens.
 
     Args:
         tensor_cores: whether Triton reaches them (not on sm_75).
+        cuda: whether there is NVRTC for the kernel in CUDA C++.
     """
     most = 1 << (m - 1).bit_length()
+    if cuda and m <= MOST_TOKENS:
+        for block_n, warps, stages in itertools.product((16, 32, 64), (4, 8, 16), (4, 6)):
+            yield Plan(m, "cuda", block_n=block_n, num_warps=warps, num_stages=stages)
     if m > 32:
         yield Plan(m, "dense")
     if not tensor_cores:
@@ -99,6 +106,7 @@ def tune(
     seconds: float,
     buckets: Sequence[int] = BUCKETS,
     tensor_cores: bool = True,
+    cuda: bool = False,
     multiprocessors: int = 64,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def tune(
     say(f"{wanted} programs for each multiprocessor")
     plans: list[Plan] = []
     for m in buckets:
-        tried = list(candidates(m, tensor_cores=tensor_cores))
+        tried = list(candidates(m, tensor_cores=tensor_cores, cuda=cuda))
         if not tried:
             continue
         named = [(repr(plan), partial(_split_call, plan, wanted * multiprocessors)) for plan in tried]
@@ -140,7 +148,7 @@ def tune(
 
 def _split_call(plan: Plan, wanted: int, case: Case, m: int, x: torch.Tensor, index: int) -> torch.Tensor:
     columns, rows = -(-case.out_features // plan.block_n), -(-m // plan.block_m)
-    split = 1 if plan.kernel == "dense" else split_k(columns * rows, case.in_features, case.bits, wanted)
+    split = 1 if plan.kernel in ("cuda", "dense") else split_k(columns * rows, case.in_features, case.bits, wanted)
     weight = case.arguments[index]
     return packed_linear(x, *weight, bits=case.bits, group_size=case.group_size, plan=plan, split=split)
 
@@ -161,7 +169,7 @@ def _best(
             # One at a time: the graphs of all together would not fit, and a candidate that fails is only left out.
             try:
                 turns = Rotation([partial(call, case, m, x, i) for i in range(len(case.arguments))], device)
-            except RuntimeError:  # more shared memory than the device has
+            except (RuntimeError, RopewalkError):  # more shared memory or threads than the device has
                 score.append(math.inf)
                 continue
             timings, failed = measure({name: turns.sample}, seconds)
@@ -180,5 +188,6 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {"max_m": plan.max_m, "kernel": plan.kernel}
     if plan.kernel == "matmul":
         found |= {"block_m": plan.block_m, "gather": plan.gather}
+    # What "cuda" takes of block_m and gather is settled by the number of tokens.
     found |= {"block_n": plan.block_n, "num_warps": plan.num_warps, "num_stages": plan.num_stages}
     return found | ({"bits": list(plan.bits)} if plan.bits else {})

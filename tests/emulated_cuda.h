@@ -17,7 +17,7 @@
 struct Index { int x = 0, y = 0; };
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
-struct int4 { int x, y, z, w; };
+struct int2 { int x, y; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 using std::min;
@@ -33,18 +33,18 @@ static std::vector<Operands> operands;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
 
-struct Copy { void* to; const void* from; int bytes; };
+struct Copy { void* to; const void* from; int bytes, read; };
 static thread_local std::vector<Copy> requested;
 static thread_local std::deque<std::vector<Copy>> groups;
 
-inline void request(void* to, const void* from, int bytes) {
+inline void request(void* to, const void* from, int bytes, int read) {
     if ((size_t)to % bytes || (size_t)from % bytes) abort();
     memset(to, 0xFF, bytes);  // whatever is read before the wait is not a number
-    requested.push_back({to, from, bytes});
+    requested.push_back({to, from, bytes, read});
 }
-inline void copy16(void* to, const void* from) { request(to, from, 16); }
-inline void copy8(void* to, const void* from) { request(to, from, 8); }
-inline void copy4(void* to, const void* from) { request(to, from, 4); }
+inline void copy16(void* to, const void* from, u32 read = 16) { request(to, from, 16, read); }
+inline void copy8(void* to, const void* from) { request(to, from, 8, 8); }
+inline void copy4(void* to, const void* from) { request(to, from, 4, 4); }
 inline void commit() {
     groups.push_back(requested);
     requested.clear();
@@ -52,7 +52,10 @@ inline void commit() {
 template <int PENDING>
 inline void wait() {
     for (; groups.size() > PENDING; groups.pop_front())
-        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
+        for (const Copy& copy : groups.front()) {
+            memset(copy.to, 0, copy.bytes);
+            memcpy(copy.to, copy.from, copy.read);
+        }
 }
 
 template <int BF16>

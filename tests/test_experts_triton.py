@@ -97,7 +97,9 @@ def check(y, x, weights, bias, ids, routing_weights):
     exact = expected(x, weights, bias, ids, routing_weights, torch.float64)
     torchs = expected(x, weights, bias, ids, routing_weights, x.dtype)
     assert y.shape == exact.shape and y.dtype == x.dtype
-    allowed = 2 * (torchs.double() - exact).abs().max() + 1e-5
+    # As for a single layer (test_gptq_triton.check).
+    floor = 2**-23 * expected(x.abs(), weights.abs(), None, ids, routing_weights, torch.float64).max()
+    allowed = 2 * (torchs.double() - exact).abs().max() + floor
     error = (y.double() - exact).abs().max()
     assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
 
@@ -199,7 +201,7 @@ def test_most_blocks_is_reached_and_never_passed():
 @pytest.mark.parametrize("bits", [3, 4])
 def test_experts_past_two_to_the_31(device, bits):
     """The last expert of so many that its words begin beyond 2 ** 31 elements."""
-    rows, columns = rows_per_block(bits), 32
+    rows, columns = rows_per_block(bits), 512  # or there were millions of experts to go through
     per_expert = rows * bits // 32 * columns
     experts = (1 << 31) // per_expert + 2
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 20 << 30:

@@ -105,7 +105,7 @@ def test_emulated(case, tmp_path):
     pointers = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, low, high, scales, zeros, order, b, out)
     ]
-    sizes = [m, n, k, ctypes.c_longlong(x.stride(0)), each, n // (16 * tiles), parts, variant.shared_bytes(each, m, k)]
+    sizes = [m, n, k, ctypes.c_longlong(x.stride(0)), each, n // (16 * tiles), parts, variant.shared_bytes(m, k)]
     run(*pointers, *sizes)
     if split:
         out = (out.sum(0) + (b.float() if bias else 0)).to(x.dtype)
@@ -127,7 +127,7 @@ def test_on_a_gpu(case):
 @pytest.mark.skipif(not (torch.cuda.is_available() and available()), reason="needs a GPU, cuda-bindings and NVRTC")
 @pytest.mark.parametrize("k", [4096, 28672])
 @pytest.mark.parametrize("m", [1, 8, 40])
-def test_more_activations_than_shared_memory_holds(m, k):
+def test_large_layers_on_a_gpu(m, k):
     case = (4, 128, True, True, m, "float16", "float16", False, 2, 8, 4, 1, k)
     (x, words, scales, zeros, order, b), expected = problem(case, "cuda")
     plan = Plan(64, "cuda", block_n=32, num_warps=8, num_stages=4)

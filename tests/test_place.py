@@ -27,7 +27,12 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (10**9, 10**9))
 
 
-def test_everything_on_one_device(model):
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_everything_on_one_device(model, no_gpu):
     for device_map in (None, "cpu", torch.device("cpu"), {"": "cpu"}):
         assert place.plan(model, device_map, None, torch.float32) == {"": torch.device("cpu")}
 
@@ -93,7 +98,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(model, device_map, max_memory, 
         place.plan(model, device_map, max_memory, torch.float32)
 
 
-def test_too_little_memory_is_found_before_anything_is_read(tmp_path, make_checkpoint, monkeypatch):
+def test_too_little_memory_is_found_before_anything_is_read(tmp_path, make_checkpoint, monkeypatch, no_gpu):
     make_checkpoint(tmp_path)
     monkeypatch.setattr(place, "free_memory", lambda: 50_000)
     monkeypatch.setattr("ropewalk.loader.fill.fill", lambda *_: pytest.fail("read"))
@@ -115,7 +120,7 @@ def test_free_memory_is_what_a_container_leaves(tmp_path):
     assert 0 < place.free_memory() < 1 << 60
 
 
-def test_a_model_over_several_devices_computes_the_same(tmp_path, make_checkpoint):
+def test_a_model_over_several_devices_computes_the_same(tmp_path, make_checkpoint, no_gpu):
     """Here both are the CPU by two names, which gets the model the hooks of a split one."""
     make_checkpoint(tmp_path)
     whole, _ = ropewalk.load(tmp_path)

@@ -1,8 +1,8 @@
 // Packed matmul for few tokens on the tensor cores of sm_80 and later: out = x @ W for W in the execution layout
 // (layout.py), where all that counts is that the weight streams in from memory.
 //
-// A warp takes 16 columns (TILES times) and every WARPS-th block of rows. Its next blocks are on their way into a ring
-// of shared memory of its own (cp.async), so no other warp is waited for. The 16 bytes that a thread copies and reads
+// A warp takes 16 columns (TILES times) and every WARPS-th block of rows. Its next blocks, with the activations that meet
+// them, are on their way into a ring of shared memory of its own (cp.async), so no other warp is waited for. The 16 bytes that a thread copies and reads
 // back, words 4t to 4t+3 of column g, are its part of the left operand of mma.m16n8k16 as they stand: a word holds two
 // neighbouring rows of each plane in its halves, and which row of the weight meets which row of the instruction does
 // not matter as long as the activations follow, where they are the 8 neighbouring rows 8t to 8t+7 of a plane, 16 bytes
@@ -28,8 +28,10 @@ typedef long long i64;
 extern __shared__ __align__(128) char shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// Copies of which only the first `bytes` are read; the rest becomes 0.
+__device__ __forceinline__ void copy16(void* to, const void* from, u32 bytes = 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void copy8(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -87,11 +89,13 @@ constexpr int SEGMENTS = GROUPS ? GROUPS : 1;
 constexpr int SEGMENT = PLANES / SEGMENTS;  // planes
 constexpr int COLUMNS = 16 * TILES;
 constexpr int THREADS = 32 * WARPS;
-// Of a stage of a ring: words, high bits of 3 bits, scales, zero points.
+// Of a stage of a ring: words, high bits of 3 bits, scales, zero points; then the rows' order, or each token's
+// activations, of which 64 bytes more keep tokens out of each other's banks.
 constexpr int HIGH = TILES * 1024;
 constexpr int SCALES = HIGH + (BITS == 3 ? TILES * 512 : 0);
 constexpr int ZEROS = SCALES + GROUPS * TILES * 32;
-constexpr int STAGE = ZEROS + (HAS_ZEROS ? SEGMENTS * TILES * 16 : 0);
+constexpr int ROWS_HERE = ZEROS + (HAS_ZEROS ? SEGMENTS * TILES * 16 : 0);
+constexpr int TOKEN = ROWS * 2 + 64;
 
 __device__ __forceinline__ u32 twice(u32 half) { return half << 16 | half; }
 
@@ -138,18 +142,20 @@ __device__ __forceinline__ u32 weights(u32 word, u32 high, u32 zero) {
 }
 
 struct Streams {
+    const u16* x;
     const int* low;
     const u16* high;
     const u16* scales;
     const u8* zeros;
-    i64 N;
-    int n, K;
+    const int* order;
+    i64 N, stride_x;
+    int n, M, K;
 
     __device__ int group(int block, int segment) const {
         int row = block * ROWS + segment * SEGMENT * 32;
         return GROUP == 0 ? 0 : (row < K ? row : K - 1) / (GROUP ? GROUP : 1);  // rows of padding have no group
     }
-    // Bring a block's words, scales and zero points on their way into a stage.
+    // Bring what a block needs on its way into a stage.
     __device__ __forceinline__ void request(char* stage, int block, int lane) const {
         i64 column = block * N + n;
 #pragma unroll
@@ -171,43 +177,28 @@ struct Streams {
                     copy4(stage + ZEROS + u * 4, zeros + group(block, u / (TILES * 4)) * N + n + u % (TILES * 4) * 4);
             }
         }
+        const int first = block * ROWS;
+        if (HAS_ORDER) {
+            for (int u = lane; u < ROWS / 4; u += 32)
+                if (first + u * 4 < K) copy16(stage + ROWS_HERE + u * 16, order + first + u * 4);
+        } else {
+            for (int u = lane; u < M * (ROWS / 8); u += 32) {
+                int m = u / (ROWS / 8), k = u % (ROWS / 8) * 8;
+                bool here = first + k < K;
+                copy16(stage + ROWS_HERE + m * TOKEN + k * 2, here ? x + m * stride_x + first + k : x, here ? 16 : 0);
+            }
+        }
     }
 };
 
-// The activations of some rows, sorted like the weight's and padded with zeros, into shared memory: [M, stride].
-__device__ __forceinline__ void bring_rows(u16* rows, int stride, const u16* x, i64 stride_x, const int* order, int M,
-                                           int K, int first, int count) {
-    int thread = threadIdx.x;
-    if (HAS_ORDER) {
-        // By way of a copy: from global memory each number on its own would take a transaction.
-        u16* whole = rows + stride;
-        for (int k = thread * 8; k < K; k += THREADS * 8) *(uint4*)(whole + k) = *(const uint4*)(x + k);
-        __syncthreads();
-        for (int k = thread * 4; k < count; k += THREADS * 4) {
-            u32 a = 0, b = 0;
-            if (first + k < K) {
-                int4 from = *(const int4*)(order + first + k);
-                a = whole[from.x] | (u32)whole[from.y] << 16;
-                b = whole[from.z] | (u32)whole[from.w] << 16;
-            }
-            *(uint2*)(rows + k) = make_uint2(a, b);
-        }
-    } else {
-        for (int m = 0; m < M; m++)
-            for (int k = thread * 8; k < count; k += THREADS * 8)
-                *(uint4*)(rows + m * stride + k) =
-                    first + k < K ? *(const uint4*)(x + m * stride_x + first + k) : make_uint4(0, 0, 0, 0);
-    }
-}
-
 template <int P>
 __device__ __forceinline__ void plane(float (*sums)[TOKENS][4], const uint4* words, const uint2* high, const u32* zero,
-                                      const u16* rows, int stride, int M, int lane) {
+                                      const char* rows, int M, int lane) {
     uint4 b[TOKENS];
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         int token = 8 * i + lane / 4;
-        b[i] = token < M ? *(const uint4*)(rows + token * stride + 32 * P + lane % 4 * 8) : make_uint4(0, 0, 0, 0);
+        b[i] = token < M ? *(const uint4*)(rows + token * TOKEN + 64 * P + lane % 4 * 16) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
@@ -228,24 +219,24 @@ __device__ __forceinline__ void plane(float (*sums)[TOKENS][4], const uint4* wor
 
 template <int P, int LAST>
 __device__ __forceinline__ void planes(float (*sums)[TOKENS][4], const uint4* words, const uint2* high, const u32* zero,
-                                       const u16* rows, int stride, int M, int lane) {
-    plane<P>(sums, words, high, zero, rows, stride, M, lane);
-    if constexpr (P + 1 < LAST) planes<P + 1, LAST>(sums, words, high, zero, rows, stride, M, lane);
+                                       const char* rows, int M, int lane) {
+    plane<P>(sums, words, high, zero, rows, M, lane);
+    if constexpr (P + 1 < LAST) planes<P + 1, LAST>(sums, words, high, zero, rows, M, lane);
 }
 
 // The planes of a block, group by group from S on.
 template <int S>
 __device__ __forceinline__ void segments(float (*total)[TOKENS][4], const uint4* words, const uint2* high,
-                                         const char* stage, const u16* rows, int stride, int M, int lane) {
+                                         const char* stage, const char* rows, int M, int lane) {
     u32 zero[2 * TILES];
 #pragma unroll
     for (int i = 0; i < 2 * TILES; i++)
         zero[i] = HAS_ZEROS ? ((const u8*)(stage + ZEROS))[S * COLUMNS + 8 * i + lane / 4] : 1 << (BITS - 1);
     if constexpr (GROUP == 0) {
-        planes<0, PLANES>(total, words, high, zero, rows, stride, M, lane);
+        planes<0, PLANES>(total, words, high, zero, rows, M, lane);
     } else {
         float sums[TILES][TOKENS][4] = {};
-        planes<S * SEGMENT, (S + 1) * SEGMENT>(sums, words, high, zero, rows, stride, M, lane);
+        planes<S * SEGMENT, (S + 1) * SEGMENT>(sums, words, high, zero, rows, M, lane);
         const u16* scales = (const u16*)(stage + SCALES) + S * COLUMNS;
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
@@ -256,29 +247,33 @@ __device__ __forceinline__ void segments(float (*total)[TOKENS][4], const uint4*
 #pragma unroll
                 for (int c = 0; c < 4; c++) total[j][i][c] += sums[j][i][c] * (c < 2 ? upper : lower);
         }
-        if constexpr (S + 1 < SEGMENTS) segments<S + 1>(total, words, high, stage, rows, stride, M, lane);
+        if constexpr (S + 1 < SEGMENTS) segments<S + 1>(total, words, high, stage, rows, M, lane);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     few_tokens(const u16* x, const int* low, const u16* high, const u16* scales, const u8* zeros, const int* order,
                const u16* bias, void* out, int M, int N, int K, i64 stride_x, int each) {
     // Grid (N / COLUMNS, parts): part p has the blocks from p * each on. With one part out is [M, N] in x's dtype,
     // otherwise float32 [parts, M, N] without bias.
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int blocks = (K + ROWS - 1) / ROWS, first = blockIdx.y * each, last = min(first + each, blocks);
-    const int stride = each * ROWS + 32;  // of the activations: 64 bytes more keep tokens out of each other's banks
-    const Streams streams = {low, high, scales, zeros, N, (int)blockIdx.x * COLUMNS, K};
-    char* ring = shared + warp * STAGES * STAGE;
-    u16* rows = (u16*)(shared + WARPS * STAGES * STAGE);
+    const int size = ROWS_HERE + (HAS_ORDER ? ROWS * 4 : M * TOKEN);  // of a stage
+    const Streams streams = {x, low, high, scales, zeros, order, N, stride_x, (int)blockIdx.x * COLUMNS, M, K};
+    char* ring = shared + warp * STAGES * size;
 
     int next = first + warp;
     for (int s = 0; s < STAGES - 1; s++, next += WARPS) {
-        if (next < last) streams.request(ring + s * STAGE, next, lane);
+        if (next < last) streams.request(ring + s * size, next, lane);
         commit();
     }
-    bring_rows(rows, stride, x, stride_x, order, M, K, first * ROWS, each * ROWS);
-    __syncthreads();
+    // With an order the activations are picked from shared memory: each on its own would be a transaction.
+    u16* whole = (u16*)(shared + WARPS * STAGES * size);
+    char* sorted = (char*)(whole + K) + warp * TOKEN;
+    if (HAS_ORDER) {
+        for (int k = threadIdx.x * 8; k < K; k += THREADS * 8) *(uint4*)(whole + k) = *(const uint4*)(x + k);
+        __syncthreads();
+    }
 
     float total[TILES][TOKENS][4] = {};
     int slot = 0;
@@ -286,10 +281,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         wait<STAGES - 2>();
         __syncwarp();
         // Into the stage that was read last time, by all lanes.
-        if (next < last) streams.request(ring + (slot + STAGES - 1) % STAGES * STAGE, next, lane);
+        if (next < last) streams.request(ring + (slot ? slot - 1 : STAGES - 1) * size, next, lane);
         commit();
-        const char* stage = ring + slot * STAGE;
-        slot = (slot + 1) % STAGES;
+        const char* stage = ring + slot * size;
+        slot = slot + 1 < STAGES ? slot + 1 : 0;
         uint4 words[2 * TILES];
         uint2 more[2 * TILES] = {};
 #pragma unroll
@@ -297,8 +292,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             words[i] = *(const uint4*)(stage + i * 512 + lane * 16);
             if (BITS == 3) more[i] = *(const uint2*)(stage + HIGH + i * 256 + lane * 8);
         }
-        const u16* here = rows + (block - first) * ROWS;
-        segments<0>(total, words, more, stage, here, stride, M, lane);
+        const char* rows = stage + ROWS_HERE;
+        if (HAS_ORDER) {
+#pragma unroll
+            for (int k = lane * 2; k < ROWS; k += 64) {
+                const int2 from = *(const int2*)(rows + k * 4);
+                const bool here = block * ROWS + k < K;
+                *(u32*)(sorted + k * 2) = here ? whole[from.x] | (u32)whole[from.y] << 16 : 0;
+            }
+            __syncwarp();
+            rows = sorted;
+        }
+        segments<0>(total, words, more, stage, rows, M, lane);
     }
 
     // The warps' sums, added in the order of the warps.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -52,20 +52,15 @@ class Variant:
         """The rows of a block."""
         return rows_per_block(self.bits)
 
-    def shared_bytes(self, each: int, m: int, in_features: int) -> int:
-        """Return the shared memory of one program.
-
-        Args:
-            each: blocks of rows of one part.
-            m: tokens.
-        """
+    def shared_bytes(self, m: int, in_features: int) -> int:
+        """Return the shared memory of one program for m tokens."""
         groups = max(1, self.rows // self.group) if self.group else 0
         tile = 1024 + (512 if self.bits == 3 else 0) + 32 * groups + (16 * max(1, groups) if self.has_zeros else 0)
-        stage = self.tiles * tile
-        ring = self.warps * self.stages * stage
+        token = self.rows * 2 + 64
+        stage = self.tiles * tile + (self.rows * 4 if self.has_order else m * token)
+        rings = self.warps * (self.stages * stage + (token if self.has_order else 0))
         sums = self.warps * self.tokens * 8 * self.tiles * 16 * 4
-        row = (each * self.rows + 32) * 2
-        return max(ring + m * row + (in_features * 2 if self.has_order else 0), sums)
+        return max(rings + (in_features * 2 if self.has_order else 0), sums)
 
 
 def takes(
@@ -112,8 +107,8 @@ def few_tokens(
         order: only with M = 1.
         tiles: of 16 columns, for each program.
         warps: of a program; they share K.
-        stages: blocks of a warp that are in shared memory or on their way there, plus one.
-        split: into how many parts K is split besides, at least; more where a part's activations fill shared memory.
+        stages: of a warp's ring: blocks that are in shared memory or on their way there; fewer where memory is short.
+        split: into how many parts K is split besides.
     """
     m, k = rows.shape
     n = words.shape[1]
@@ -133,11 +128,11 @@ def few_tokens(
     )
     if rows.stride(0) % 8 or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    kernel, most = _load(variant, rows.device.index or 0)
+    while variant.shared_bytes(m, k) > _most_shared(rows.device.index or 0) and variant.stages > 2:
+        variant = replace(variant, stages=variant.stages - 1)
+    kernel = _load(variant, rows.device.index or 0)
     blocks = -(-k // variant.rows)
     each = -(-blocks // split)
-    while variant.shared_bytes(each, m, k) > most and each > 1:
-        each = -(-each // 2)
     parts = -(-blocks // each)
     shape, dtype = ((m, n), rows.dtype) if parts == 1 else ((parts, m, n), torch.float32)
     out = torch.empty(shape, dtype=dtype, device=rows.device)
@@ -147,7 +142,7 @@ def few_tokens(
         kernel,
         (n // (16 * tiles), parts),
         32 * warps,
-        variant.shared_bytes(each, m, k),
+        variant.shared_bytes(m, k),
         [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         [m, n, k],
         rows.stride(0),
@@ -214,17 +209,23 @@ def compile_kernel(variant: Variant, arch: str) -> bytes:
 
 
 @functools.cache
-def _load(variant: Variant, index: int) -> tuple[Any, int]:
-    """Return the kernel on the current device, of that index, and how much shared memory it may ask for."""
+def _most_shared(index: int) -> int:
+    """Return how much shared memory a program may ask for on a device."""
+    driver = _bindings()[0]
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, _checked(driver.cuDeviceGet(index)))))
+
+
+@functools.cache
+def _load(variant: Variant, index: int) -> Any:
+    """Return the kernel on the current device, of that index."""
     driver = _bindings()[0]
     major, minor = torch.cuda.get_device_capability(index)
     module = _checked(driver.cuModuleLoadData(compile_kernel(variant, f"sm_{major}{minor}")))
     kernel = _checked(driver.cuModuleGetFunction(module, b"few_tokens"))
-    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    nbytes = _checked(driver.cuDeviceGetAttribute(most, _checked(driver.cuDeviceGet(index))))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(kernel, attribute, nbytes))
-    return kernel, nbytes
+    _checked(driver.cuFuncSetAttribute(kernel, attribute, _most_shared(index)))
+    return kernel
 
 
 def _launch(

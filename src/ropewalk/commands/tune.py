@@ -31,6 +31,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from ropewalk.bench.report import machine
     from ropewalk.bench.tune import BUCKETS, cases, tune
     from ropewalk.errors import UsageError
+    from ropewalk.gptq import few_tokens
     from ropewalk.gptq.plans import device_slug, parse_plans, user_folder
 
     if args.seconds <= 0:
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         seconds=args.seconds,
         buckets=sorted(args.m) if args.m else BUCKETS,
         tensor_cores=capability >= 8,
+        cuda=device.type == "cuda" and capability >= 8 and few_tokens.available(),
         multiprocessors=multiprocessors,
         say=out.say,
     )
