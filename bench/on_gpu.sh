@@ -90,6 +90,11 @@ END
 out=${out:-bench/results/$name}
 mkdir -p "$out"
 
+workers=$(($(getconf _NPROCESSORS_ONLN) * 3 / 4))
+if [ "$workers" -lt 1 ]; then workers=1; fi
+xdist=()
+if "$python" -c 'import xdist' 2>/dev/null; then xdist=(-n "$workers"); fi
+
 failed=()
 # step STAGE COMMAND…: run within the time that is left, keep what it prints
 step() {
@@ -118,8 +123,8 @@ bench() {
 models="llama-2-13b codellama-34b mpt-30b mixtral"
 all_m="1 2 4 8 16 32 64 128 512 2048 8192"
 some_m="1 16 64 512" all_bits="4 3 2 8" all_groups="32 -1 64 128"
-quick="4096x4096 8192x8192 5120x27648 8192x44032"
-quick_m="1 8 16 64 512 2048"
+quick="8192x8192 5120x5120 13824x5120 8192x22016"
+quick_m="1 8 16 64 2048"
 rope_shapes="llama-2-13b codellama-34b mixtral"
 rope_m="1 16 512 4096 16384"
 seconds=0.1
@@ -142,8 +147,10 @@ for stage in ${stages//,/ }; do
                 step tests "$python" -m pytest -q --collect-only tests/test_ops.py
                 step tests "$python" -m ropewalk.bench.gpu_check --device "$device" --small
             else
-                step tests "$python" -m pytest -q -p no:cacheprovider tests/test_*triton*.py tests/test_layout.py tests/test_ops.py tests/test_quant_linear.py
-                step tests "$python" -m ropewalk.bench.gpu_check --device "$device"
+                # Nearly all of their time is compiling.
+                step tests env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider "${xdist[@]}" tests/test_*triton*.py \
+                    tests/test_few_tokens.py tests/test_layout.py tests/test_apply_rotary.py tests/test_place.py
+                step tests "$python" -m ropewalk.bench.gpu_check --device "$device" --workers "$workers"
             fi
             ;;
         sanitizer)
@@ -155,7 +162,9 @@ for stage in ${stages//,/ }; do
                 echo "on_gpu.sh: sanitizer skipped: compute-sanitizer does not run on this device" | tee -a "$out/sanitizer.log"
                 continue
             fi
-            # torch's caching allocator would hide what is beyond a tensor's end.
+            # torch's caching allocator would hide what is beyond a tensor's end. The kernels are compiled before, by all
+            # processors.
+            step sanitizer "$python" -m ropewalk.bench.gpu_check --small --workers "$workers"
             for tool in memcheck racecheck; do
                 step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                     "$python" -m ropewalk.bench.gpu_check --small
@@ -166,12 +175,12 @@ for stage in ${stages//,/ }; do
             bench rope rope 120 rope --shape $rope_shapes --m $rope_m --seconds $seconds "${peers[@]}"
             ;;
         matmul-quick)
-            among torch-fp16 torch-bf16 torch-int4 humming conch
+            among torch-fp16 torch-int4 humming exllamav2
             bench matmul-quick matmul-quick 240 matmul --shape $quick --m $quick_m --bits 4 3 --group-size 128 \
                 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
             if [ "$dry" ]; then continue; fi
             # These build or tune themselves for minutes.
-            among torch-fp16 marlin gptqmodel exllamav2 gemlite
+            among torch-fp16 marlin gptqmodel conch gemlite
             bench matmul-quick matmul-quick-slow-starters 300 matmul --shape $quick --m $some_m --bits 4 --group-size 128 \
                 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
             ;;

@@ -15,7 +15,7 @@
 //   BITS 2, 3, 4 or 8; GROUP rows of a group, 0 for one group; HAS_ZEROS, HAS_ORDER 0 or 1
 //   X_BF16, SCALE_BF16, BIAS_BF16 whether they are bfloat16, float16 otherwise; HAS_BIAS 0 or 1
 //   TILES of 16 columns, TOKENS / 8, WARPS, STAGES of the ring
-// GROUP and the rows of a block divide one another; N is a multiple of 16 * TILES; HAS_ORDER wants M = 1.
+// GROUP and the rows of a block divide one another; N is a multiple of 16 * TILES.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -262,16 +262,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Streams streams = {x, low, high, scales, zeros, order, N, stride_x, (int)blockIdx.x * COLUMNS, M, K};
     char* ring = shared + warp * STAGES * size;
 
+    // With an order the activations are picked from shared memory: each on its own would be a transaction.
+    u16* whole = (u16*)(shared + WARPS * STAGES * size);
+    char* sorted = (char*)(whole + M * K) + warp * M * TOKEN;
+    if (HAS_ORDER)
+        for (int m = 0; m < M; m++)
+            for (int k = threadIdx.x * 8; k < K; k += THREADS * 8) copy16(whole + m * K + k, x + m * stride_x + k);
     int next = first + warp;
     for (int s = 0; s < STAGES - 1; s++, next += WARPS) {
         if (next < last) streams.request(ring + s * size, next, lane);
         commit();
     }
-    // With an order the activations are picked from shared memory: each on its own would be a transaction.
-    u16* whole = (u16*)(shared + WARPS * STAGES * size);
-    char* sorted = (char*)(whole + K) + warp * TOKEN;
     if (HAS_ORDER) {
-        for (int k = threadIdx.x * 8; k < K; k += THREADS * 8) *(uint4*)(whole + k) = *(const uint4*)(x + k);
+        wait<STAGES - 2>();
         __syncthreads();
     }
 
@@ -298,7 +301,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int k = lane * 2; k < ROWS; k += 64) {
                 const int2 from = *(const int2*)(rows + k * 4);
                 const bool here = block * ROWS + k < K;
-                *(u32*)(sorted + k * 2) = here ? whole[from.x] | (u32)whole[from.y] << 16 : 0;
+                for (int m = 0; m < M; m++) {
+                    const u16* token = whole + m * K;
+                    *(u32*)(sorted + m * TOKEN + k * 2) = here ? token[from.x] | (u32)token[from.y] << 16 : 0;
+                }
             }
             __syncwarp();
             rows = sorted;

@@ -23,7 +23,9 @@ from ropewalk.gptq.layout import bit_planes, rows_per_block
 log = logging.getLogger("ropewalk")
 
 _HALVES = (torch.float16, torch.bfloat16)
-MOST_TOKENS = 64
+MOST_TOKENS = 32
+# With more of them, picking their activations in the weight's order costs more than bringing them into it before.
+MOST_IN_ORDER = 4
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class Variant:
         tile = 1024 + (512 if self.bits == 3 else 0) + 32 * groups + (16 * max(1, groups) if self.has_zeros else 0)
         token = self.rows * 2 + 64
         stage = self.tiles * tile + (self.rows * 4 if self.has_order else m * token)
-        rings = self.warps * (self.stages * stage + (token if self.has_order else 0))
+        rings = self.warps * (self.stages * stage + (m * token if self.has_order else 0))
         sums = self.warps * self.tokens * 8 * self.tiles * 16 * 4
-        return max(rings + (in_features * 2 if self.has_order else 0), sums)
+        return max(rings + (m * in_features * 2 if self.has_order else 0), sums)
 
 
 def takes(
@@ -104,14 +106,18 @@ def few_tokens(
 
     Args:
         rows: [M, K], M at most MOST_TOKENS, its rows contiguous; `takes` has said yes.
-        order: only with M = 1.
-        tiles: of 16 columns, for each program.
-        warps: of a program; they share K.
-        stages: of a warp's ring: blocks that are in shared memory or on their way there; fewer where memory is short.
+        tiles: of 16 columns, for each program; fewer where there are not columns enough for half of the device.
+        warps: of a program, which share K; more where there are fewer tiles, fewer where shared memory is short.
+        stages: of a warp's ring: blocks that are in shared memory or on their way there; fewer where it is short.
         split: into how many parts K is split besides.
     """
     m, k = rows.shape
     n = words.shape[1]
+    index = rows.device.index or 0
+    while tiles > 1 and 2 * (n // (16 * tiles)) < _multiprocessors(index):
+        tiles, warps = tiles // 2, min(2 * warps, 16)
+    if order is not None and (m > MOST_IN_ORDER or m * k > 1 << 15):
+        rows, order = rows.index_select(1, order), None
     variant = Variant(
         bits=bits,
         group=_group(group_size, k),
@@ -128,9 +134,12 @@ def few_tokens(
     )
     if rows.stride(0) % 8 or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    while variant.shared_bytes(m, k) > _most_shared(rows.device.index or 0) and variant.stages > 2:
-        variant = replace(variant, stages=variant.stages - 1)
-    kernel = _load(variant, rows.device.index or 0)
+    while variant.shared_bytes(m, k) > _most_shared(index):
+        if variant.stages > 2:
+            variant = replace(variant, stages=variant.stages - 1)
+        else:
+            variant = replace(variant, warps=variant.warps // 2)
+    kernel = _load(variant, index)
     blocks = -(-k // variant.rows)
     each = -(-blocks // split)
     parts = -(-blocks // each)
@@ -141,7 +150,7 @@ def few_tokens(
     _launch(
         kernel,
         (n // (16 * tiles), parts),
-        32 * warps,
+        32 * variant.warps,
         variant.shared_bytes(m, k),
         [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         [m, n, k],
@@ -214,6 +223,11 @@ def _most_shared(index: int) -> int:
     driver = _bindings()[0]
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return int(_checked(driver.cuDeviceGetAttribute(attribute, _checked(driver.cuDeviceGet(index)))))
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @functools.cache

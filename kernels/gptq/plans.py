@@ -143,12 +143,13 @@ def device_slug(name: str) -> str:
 
 
 def split_k(programs: int, in_features: int, bits: int, wanted: int) -> int:
-    """Return into how many parts K is split so that at least `wanted` programs run, if K has that many blocks.
+    """Return into how many parts K is split so that about `wanted` programs run, if K has that many blocks.
 
-    A power of two up to 16: each is a specialization of the kernel, and the parts are read once more.
+    A power of two up to 16: each is a specialization of the kernel, and the parts are read once more. Three quarters
+    of what is wanted are enough not to double it.
     """
     blocks = -(-in_features // rows_per_block(bits))
     split = 1
-    while split < 16 and programs * split < wanted and 2 * split <= blocks:
+    while split < 16 and 4 * programs * split < 3 * wanted and 2 * split <= blocks:
         split *= 2
     return split

@@ -88,7 +88,7 @@ def packed_linear(
         )
         y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
         return (gated(y) if gate_up else y).reshape(*leading, kept)
-    if order is not None and (m > 1 if plan.kernel == "cuda" else plan.gather):
+    if order is not None and plan.gather:
         rows, order = rows.index_select(1, order), None
     if plan.kernel == "cuda":
         y = few_tokens.few_tokens(
