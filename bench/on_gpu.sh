@@ -175,7 +175,7 @@ for stage in ${stages//,/ }; do
             bench rope rope 120 rope --shape $rope_shapes --m $rope_m --seconds $seconds "${peers[@]}"
             ;;
         matmul-quick)
-            among torch-fp16 torch-int4 humming exllamav2
+            among torch-fp16 torch-int4 marlin humming exllamav2
             bench matmul-quick matmul-quick 240 matmul --shape $quick --m $quick_m --bits 4 3 --group-size 128 \
                 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
             if [ "$dry" ]; then continue; fi
