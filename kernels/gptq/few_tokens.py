@@ -116,6 +116,8 @@ def few_tokens(
     index = rows.device.index or 0
     while tiles > 1 and 2 * (n // (16 * tiles)) < _multiprocessors(index):
         tiles, warps = tiles // 2, min(2 * warps, 16)
+    if bits == 3 and m > 16:
+        tiles = min(tiles, 2)  # or registers spill
     if order is not None and (m > MOST_IN_ORDER or m * k > 1 << 15):
         rows, order = rows.index_select(1, order), None
     variant = Variant(
