@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk import cpu
+from ropewalk.gptq import few_tokens
 from ropewalk.gptq.format import is_symmetric
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.rope import decide_rope
@@ -71,7 +72,7 @@ def inspect(
 def kernels() -> dict[str, str]:
     """Return which implementation serves a packed matmul and a rotary embedding on each device."""
     compiled = cpu.status()["state"] in ("loaded", "built", "not built")
-    return {"cpu": "c++" if compiled else "torch", "cuda": "triton"}
+    return {"cpu": "c++" if compiled else "torch", "cuda": "triton, cuda c++" if few_tokens.available() else "triton"}
 
 
 def _weights(checkpoint: Checkpoint) -> int:
