@@ -1,0 +1,511 @@
+"""FastChat, the real package: its functions with ours in them, its command line, and its servers on loopback."""
+
+import ast
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ropewalk
+from ropewalk.cli import main
+from ropewalk.errors import PatchError, UsageError
+from ropewalk.patches import fastchat as patch
+from ropewalk.templates import TEMPLATES
+
+pytest.importorskip("fastchat", reason="pip install 'ropewalk[fastchat]'")
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text().partition("### FastChat\n")[2].partition("\n##")[0]
+RECIPES = [shlex.split(line) for line in README.splitlines() if line.startswith("    ropewalk fastchat ")]
+MODEL = "strand-4m-pntk-1k-gptq"
+PROMPT = "And the LORD said unto Moses,"
+PARTIAL = {"rope_type": "partial-ntk", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+# FastChat writes logs into the working directory unless LOGDIR is empty.
+ENVIRONMENT = {**os.environ, "LOGDIR": "", "PYTHONUNBUFFERED": "1", "ROPEWALK_CPU_MODE": "exact"}
+
+
+@pytest.fixture
+def patched():
+    ropewalk.patch("fastchat")
+    yield patch
+    ropewalk.unpatch("fastchat")
+
+
+@pytest.fixture
+def packed_folder(tmp_path, make_checkpoint, shipped):
+    """Return (folder, dequantized weights) of a small airophin with a tokenizer."""
+    folder = tmp_path / "model"
+    weights = make_checkpoint(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped / name, folder)
+    return folder, weights
+
+
+def logits(model):
+    ids = torch.randint(3, 96, (2, 90), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def check(model, folder, weights, reference_model):
+    found, expected = logits(model), logits(reference_model(folder, weights, PARTIAL))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert sum(isinstance(layer, ropewalk.QuantLinear) for layer in model.modules()) == 14
+
+
+def flags(ckpt, bits=16, group_size=-1, act_order=False):
+    from fastchat.modules.gptq import GptqConfig
+
+    return GptqConfig(ckpt=str(ckpt), wbits=bits, groupsize=group_size, act_order=act_order)
+
+
+def test_a_packed_folder_loads_by_fastchats_own_function(patched, packed_folder, reference_model, caplog):
+    from fastchat.model import load_model
+
+    folder, weights = packed_folder
+    model, tokenizer = load_model(str(folder), device="cpu", gptq_config=flags(folder))
+    check(model, folder, weights, reference_model)
+    assert tokenizer.bos_token
+    assert "nothing to do" not in caplog.text
+    again, _ = load_model(str(folder), device="cpu", load_8bit=True, dtype=torch.bfloat16)
+    assert again.dtype is torch.bfloat16
+    assert "--load-8bit: nothing to do, since ropewalk loads model as its files have it" in caplog.text
+    with pytest.raises(UsageError, match="--device: expected cpu or cuda"):
+        load_model(str(folder), device="npu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--device: expected cpu, since"):
+            load_model(str(folder))
+    shutil.move(folder / "tokenizer.json", folder / "gone")
+    with pytest.raises(ropewalk.errors.MissingFileError, match="a tokenizer"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("where", ["a file", "its folder"])
+def test_gptq_ckpt(patched, packed_folder, reference_model, tmp_path, where):
+    from fastchat.model import load_model
+
+    folder, weights = packed_folder
+    elsewhere = tmp_path / "weights"
+    elsewhere.mkdir()
+    file = elsewhere / "any.pt"
+    torch.save(load_file(folder / "model.safetensors"), file)
+    (folder / "model.safetensors").unlink()
+    (folder / "quantize_config.json").unlink()
+    config = flags(file if where == "a file" else elsewhere, 4, 32, True)
+    model, _ = load_model(str(folder), device="cpu", gptq_config=config)
+    check(model, folder, weights, reference_model)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_fastchats_own_loader_finds_the_stand_in_of_gptq_for_llama(packed_folder, reference_model, act_order):
+    from fastchat.modules.gptq import load_gptq_quantized
+
+    folder, weights = packed_folder
+    ropewalk.patch("gptq_for_llama")
+    before = list(sys.path)
+    try:
+        model, _ = load_gptq_quantized(str(folder), flags(folder / "model.safetensors", 4, 32, act_order))
+    finally:
+        sys.path[:] = before
+        ropewalk.unpatch("gptq_for_llama")
+    check(model, folder, weights, reference_model)
+
+
+def test_which_models_are_ours(patched, packed_folder, tmp_path, make_plain):
+    from fastchat.model.model_adapter import get_model_adapter
+
+    def name(path):
+        return type(get_model_adapter(str(path))).__name__
+
+    folder, _ = packed_folder
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    make_plain(plain)
+    assert name(folder) == name(plain) == name(folder / "model.safetensors") == "RopewalkAdapter"
+    config = json.loads((plain / "config.json").read_text())
+    for changes, adapter in (
+        ({"original_max_position_embeddings": None}, "BaseModelAdapter"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "BaseModelAdapter"),
+    ):
+        other = tmp_path / f"other{len(changes)}{next(iter(changes))}"
+        other.mkdir()
+        (other / "config.json").write_text(json.dumps({**config, **changes}))
+        assert name(other) == adapter
+    assert name("lmsys/vicuna-7b-v1.5") == "VicunaAdapter"
+    assert name("TheBloke/Airoboros-c34B-2.1-GPTQ") == "RopewalkAdapter"
+    assert name("user/model:gptq-4bit-32g-actorder_True") == "RopewalkAdapter"
+    (folder / "adapter_config.json").write_text("{}")
+    assert name(folder) == "PeftModelAdapter"
+
+
+def test_a_lora_on_a_packed_base(patched, packed_folder, tmp_path):
+    from fastchat.model import load_model
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    folder, _ = packed_folder
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config._register_custom_module({ropewalk.QuantLinear: GPTQLoraLinear})
+    base, _ = ropewalk.load(folder)
+    tuned = get_peft_model(base, config)
+    for parameter_name, parameter in tuned.named_parameters():
+        if "lora_" in parameter_name:
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": str(folder)}))
+    model, _ = load_model(str(tmp_path / "adapter"), device="cpu")
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert torch.allclose(logits(model), logits(tuned), atol=1e-4)
+    patched.load_with(lora=tmp_path / "adapter")  # as `ropewalk fastchat --lora` does
+    assert torch.allclose(logits(load_model(str(folder), device="cpu")[0]), logits(tuned), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [
+        ("bhenrym14/airophin-13b-pntk-16k-GPTQ", "airoboros"),
+        ("TheBloke/airoboros-33B-gpt4-1.4-GPTQ", "airoboros"),
+        ("models/TheBloke_airoboros-mpt-30b-gpt4-1p4-GPTQ_gptq-4bit-32g-actorder_True", "airoboros"),
+        ("TheBloke/airoboros-l2-13b-gpt4-2.0-GPTQ", "airoboros"),
+        ("TheBloke/airoboros-l2-13b-gpt4-m2.0-GPTQ", "airoboros"),
+        ("TheBloke/Airoboros-c34B-2.1-GPTQ:gptq-3bit-128g-actorder_True", "airoboros-2.1"),
+        ("/models/TheBloke_Airoboros-c34B-2.1-GPTQ/gptq_model-4bit-32g.safetensors", "airoboros-2.1"),
+        ("TheBloke/Airoboros-c34b-2.2.1-GPTQ", "airoboros-2.1"),
+        ("TheBloke/Spicyboros-13B-2.2-GPTQ", "airoboros-2.1"),
+        ("TheBloke/airoboros-m-7B-3.1.2-GPTQ", "airoboros_v3"),
+        ("TheBloke/OpenAssistant-Llama2-13B-Orca-8K-3319-GPTQ", "orca-8k"),
+        ("TheBloke/Llama-2-13B-chat-GPTQ", "llama-2"),
+        ("TheBloke/vicuna-13B-v1.5-16K-GPTQ", "vicuna_v1.1"),
+        ("TheBloke/Mistral-7B-Instruct-v0.2-GPTQ", "mistral"),
+    ],
+)
+def test_the_template_follows_the_models_name(patched, path, template):
+    from fastchat.model import get_conversation_template
+
+    assert get_conversation_template(path).name == template
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_reads_as_the_template_has_it(patched, name):
+    from fastchat.conversation import Conversation, get_conv_template
+
+    if name in ("alpaca", "llama-2"):
+        assert name not in patched._templates  # FastChat has these
+        return
+    template, conversation = TEMPLATES[name], get_conv_template(name)
+    for system in (None, "Be brief."):
+        if system is not None:
+            conversation.set_system_message(system)
+        conversation.messages = []
+        # the API's process builds it anew from what the worker says of it
+        sent = dict(vars(conversation))
+        for each in (conversation, Conversation(**sent | {"messages": []})):
+            turns = [("Hello", "Good day."), ("Who are you?", None)]
+            for user, answer in turns:
+                each.append_message(each.roles[0], user)
+                each.append_message(each.roles[1], answer)
+            space = " " if template.assistant.endswith(":") else ""  # the model begins its answer with it
+            turns[0] = ("Hello", f"{space}Good day.")
+            assert each.get_prompt() == template.conversation(turns, system)
+            assert set(each.stop_str or ()) == set("".join(template.stop))
+
+
+def test_context_lengths(patched, shipped):
+    from fastchat.utils import get_context_length
+    from transformers import LlamaConfig, MptConfig, T5Config
+
+    def length(**config):
+        return get_context_length(LlamaConfig(**config))
+
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    assert length(max_position_embeddings=4096, rope_parameters=plain) == 4096
+    airophin = {"rope_type": "partial-ntk", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert length(max_position_embeddings=16384, rope_parameters=airophin | {"rope_theta": 1e4}) == 16384
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert length(max_position_embeddings=4096, rope_parameters=linear) == 16384  # vicuna-13b-v1.5-16k
+    assert length(max_position_embeddings=8192, rope_parameters=linear | {"factor": 2.0}) == 8192  # scaled already
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    assert length(max_position_embeddings=32768, rope_parameters=yarn) == 131072
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    assert length(max_position_embeddings=131072, rope_parameters=llama3) == 131072
+    assert get_context_length(MptConfig(max_seq_len=8192)) == 8192
+    assert get_context_length(T5Config()) == 2048
+    assert get_context_length(SimpleNamespace(seq_length=32768)) == 32768  # ChatGLM's name for it, as FastChat reads it
+    assert get_context_length(ropewalk.load(shipped)[0].config) == 1024
+
+
+def test_without_the_patch_fastchat_fails_for_every_llama():
+    """What is cured: the day this fails, FastChat or transformers has changed."""
+    from fastchat.utils import get_context_length
+    from transformers import LlamaConfig
+
+    with pytest.raises(KeyError, match="factor"):
+        get_context_length(LlamaConfig())
+
+
+def test_applying_twice_and_reverting(tmp_path):
+    import fastchat.model
+    from fastchat import conversation, utils
+    from fastchat.model import model_adapter
+    from fastchat.protocol.openai_api_protocol import CompletionStreamResponse
+    from fastchat.serve import inference
+
+    owners = [(model_adapter, "load_model"), (model_adapter, "get_model_adapter"), (utils, "get_context_length")]
+    owners += [(inference, "load_model"), (inference, "get_context_length"), (fastchat.model, "load_model")]
+
+    def now():
+        return [getattr(owner, name) for owner, name in owners]
+
+    before, templates = now(), dict(conversation.conv_templates)
+    said = patch.apply()
+    assert said.startswith("fschat 0.2.36: GPTQ checkpoints load with ropewalk")
+    during = now()
+    assert not any(a is b for a, b in zip(before, during, strict=True))
+    assert patch.apply() == said
+    assert all(a is b for a, b in zip(now(), during, strict=True))
+    assert patch.status() == {"package": "fschat", "version": "0.2.36", "tested": "0.2.36", "applied": True}
+    reply = CompletionStreamResponse(id="1", object="text_completion", model="m", choices=[])
+    assert json.loads(reply.json(exclude_unset=True, ensure_ascii=False))["model"] == "m"
+    patch.revert()
+    assert all(a is b for a, b in zip(now(), before, strict=True))
+    assert conversation.conv_templates == templates
+    assert not patch.status()["applied"]
+    assert "json" not in vars(CompletionStreamResponse)
+
+
+def test_another_fastchat_is_left_alone(monkeypatch):
+    from fastchat.model import model_adapter
+
+    monkeypatch.setattr(model_adapter, "load_model", lambda path, place: None)
+    stays = model_adapter.get_model_adapter
+    with pytest.raises(
+        PatchError, match=r"fschat 0.2.36: expected load_model\(model_path, device, .*found path, place"
+    ):
+        patch.apply()
+    assert model_adapter.get_model_adapter is stays
+    assert not patch.status()["applied"]
+
+
+def command(recipe, *more):
+    """A recipe of the README as this interpreter runs it, with more arguments, of which the last count."""
+    assert recipe[0] == "ropewalk"
+    return [sys.executable, "-m", "ropewalk", *recipe[1:], *more]
+
+
+def ask(recipe, text, *more):
+    done = subprocess.run(
+        command(recipe, "--temperature", "0", "--max-new-tokens", "24", "--debug", *more),
+        input=text,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^\{'conv_template.*\}$", done.stdout, re.MULTILINE)
+    return done.stdout, [ast.literal_eval(line) for line in shown]
+
+
+def test_the_command_line_without_history(shipped):
+    """Two questions by a pipe; the second prompt knows nothing of the first."""
+    recipe = next(r for r in RECIPES if "--no-history" in r)
+    out, turns = ask(recipe, "Who art thou?\nWhere dwellest thou?\n")
+    prompts = [f"A chat.\nUSER: {text}\nASSISTANT:" for text in ("Who art thou?", "Where dwellest thou?")]
+    assert [turn["prompt"] for turn in turns] == prompts
+    assert out.rstrip().endswith("exit...")
+    # what it answers is what the model answers
+    from ropewalk.generation import generate
+
+    model, tokenizer = ropewalk.load(shipped)
+    expected = generate(model, tokenizer, prompts[0], max_new_tokens=24, stop=["USER:"]).text
+    assert expected.strip()
+    assert turns[0]["outputs"] == expected.strip()
+    assert f"ASSISTANT: {expected.strip()}" in out
+
+
+def test_the_command_line_with_history_and_weights_elsewhere(tmp_path, shipped):
+    recipe = next(r for r in RECIPES if "--gptq-ckpt" in r)
+    folder, file = tmp_path / "model", tmp_path / "llama-13b-4bit-32g.pt"
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("*.safetensors", "quantize_config.json"))
+    torch.save(load_file(next(shipped.glob("*.safetensors"))), file)
+    recipe = [str({"FOLDER": folder, file.name: file}.get(word, word)) for word in recipe]
+    _, (first, second) = ask(recipe, "Who art thou?\nWhy?\n", "--conv-template", "vicuna-1.1")
+    assert first["prompt"].endswith("USER: Who art thou? ASSISTANT:")
+    assert second["prompt"] == f"{first['prompt']} {first['outputs'].strip()}</s>USER: Why? ASSISTANT:"
+
+
+def test_prompts_of_several_lines_by_a_terminal():
+    """Ctrl-D on an empty line ends a prompt, and the next one can have several lines as well."""
+    recipe = next(r for r in RECIPES if "--multiline" in r)
+    process, terminal = pty.fork()
+    if process == 0:
+        arguments = command(recipe, "--temperature", "0", "--max-new-tokens", "8", "--debug", "--no-history")
+        os.execve(sys.executable, arguments, ENVIRONMENT)
+    try:
+        question = "USER [ctrl-d/z on empty line to end]: "
+        read_until(terminal, question)
+        for lines in (["BEGININPUT", "", "The sky is blue.", "ENDINPUT", "What is blue?"], ["And", "why?"]):
+            os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
+            read_until(terminal, lines[-1])
+            time.sleep(0.3)  # Python reads the line before it sees the Ctrl-D
+            os.write(terminal, b"\x04")
+            answered = read_until(terminal, question)
+            assert "'prompt': 'A chat.\\nUSER: " + "\\n".join(lines) + "\\nASSISTANT:'" in answered
+        os.write(terminal, b"\x04")
+        read_until(terminal, "exit...")
+    finally:
+        os.close(terminal)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def read_until(terminal, text, seconds=120):
+    found, end = "", time.monotonic() + seconds
+    while text not in found:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, f"expected {text!r} after {found[-500:]!r}"
+        found += os.read(terminal, 1 << 16).decode(errors="replace")
+    return found
+
+
+def test_prompts_of_several_lines_by_a_pipe():
+    recipe = next(r for r in RECIPES if "--multiline" in r)
+    _, (only,) = ask(recipe, "BEGININPUT\nThe sky is blue.\nENDINPUT\nWhat is blue?\n")
+    assert only["prompt"] == "A chat.\nUSER: BEGININPUT\nThe sky is blue.\nENDINPUT\nWhat is blue?\nASSISTANT:"
+
+
+@contextmanager
+def running(*arguments):
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def test_a_deployment_on_loopback(shipped):
+    """Controller, worker and API as the README starts them; a completion at once and in pieces, and a chat."""
+    import requests
+
+    programs = {recipe[2]: recipe for recipe in RECIPES if recipe[2] != "cli"}
+    assert programs.keys() == {"controller", "worker", "openai_api_server"}
+    ports = free_ports(3)
+    controller, worker, api = (f"http://127.0.0.1:{port}" for port in ports)
+    host = [["--host", "127.0.0.1", "--port", str(port)] for port in ports]
+    places = ["--controller-address", controller]
+    with (
+        running(*command(programs["controller"], *host[0])) as first,
+        running(*command(programs["openai_api_server"], *host[2], *places)) as third,
+    ):
+        wait_for(f"{controller}/test_connection", first)
+        with running(
+            *command(programs["worker"], *host[1], *places, "--worker-address", worker, "--conv-template", "airoboros")
+        ) as second:
+            wait_for(f"{api}/v1/models", second, third, what=MODEL)
+            asked = {"model": MODEL, "temperature": 0, "max_tokens": 16}
+            whole = requests.post(f"{api}/v1/completions", json={**asked, "prompt": PROMPT}, timeout=60).json()
+            text = whole["choices"][0]["text"]
+            pieces = streamed(f"{api}/v1/completions", {**asked, "prompt": PROMPT})
+            said = {**asked, "messages": [{"role": "user", "content": "Who art thou?"}]}
+            answer = requests.post(f"{api}/v1/chat/completions", json=said, timeout=60).json()
+            parts = streamed(f"{api}/v1/chat/completions", said)
+            # more than the context holds is answered as far as it goes
+            long = requests.post(
+                f"{api}/v1/completions", json={**asked, "prompt": PROMPT, "max_tokens": 5000, "stop": ","}, timeout=60
+            ).json()
+    from ropewalk.generation import generate
+    from ropewalk.templates import apply
+
+    model, tokenizer = ropewalk.load(shipped)
+    assert text == generate(model, tokenizer, PROMPT, max_new_tokens=16).text
+    assert len(pieces) > 3
+    assert "".join(piece["text"] for piece in pieces) == text
+    chat = generate(model, tokenizer, apply("Who art thou?", "airoboros")[0], max_new_tokens=16, stop=["USER:"]).text
+    assert chat.strip()
+    assert answer["choices"][0]["message"]["content"].strip() == chat.strip()
+    assert "".join(part["delta"].get("content") or "" for part in parts).strip() == chat.strip()
+    assert long["choices"][0]["finish_reason"] == "stop"
+
+
+def wait_for(url, *processes, what="", seconds=120):
+    import requests
+
+    end = time.monotonic() + seconds
+    while True:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0][-2000:]
+        try:
+            if what in requests.get(url, timeout=10).text:
+                return
+        except requests.ConnectionError:
+            pass
+        assert time.monotonic() < end, f"{url} did not answer"
+        time.sleep(0.3)
+
+
+def streamed(url, asked):
+    import requests
+
+    found = []
+    with requests.post(url, json={**asked, "stream": True}, stream=True, timeout=60) as reply:
+        for line in reply.iter_lines():
+            data = line.decode().removeprefix("data: ")
+            if data and data != "[DONE]":
+                found += json.loads(data)["choices"]
+    assert data == "[DONE]" or not data
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "cli", "--model-path", "demo"], "--json: expected none"),
+        (["--rope", "round", "cli"], "--rope: rope: expected auto"),
+        (["cli", "--model-path", "demo", "--conv-template", "nothing"], "--conv-template: expected one of"),
+    ],
+)
+def test_bad_usage(capsys, arguments, message):
+    try:
+        assert main(["fastchat", *arguments]) == 2
+    finally:
+        ropewalk.unpatch("fastchat", "transformers")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+
+
+def test_the_programs_own_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fastchat", "cli", "--help"])
+    assert stop.value.code == 0
+    assert "--gptq-ckpt" in capsys.readouterr().out
