@@ -2,9 +2,10 @@
 
 What is changed, all of it undone by `revert`: `load_model` and `get_model_adapter` of fastchat.model.model_adapter, for
 the models that are ours (see `_is_ours`) and for --gptq-ckpt, which asked for a GPTQ-for-LLaMa on the disk;
-`get_context_length` of fastchat.utils, which fails for every Llama of transformers 5; the conversation templates of
-`ropewalk.templates` that FastChat lacks, added under their names; and `json` of what its API streams, which fails with
-pydantic 2. Modules that have imported one of these functions by name get the other one, too.
+`get_context_length` of fastchat.utils, which fails for every Llama of transformers 5; `generate_stream`, which fails
+where no more room is left for a prompt; the conversation templates of `ropewalk.templates` that FastChat lacks, added
+under their names; and `json` of what its API streams, which fails with pydantic 2. Modules that have imported one of
+these functions by name get the other one, too.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def apply() -> str:
     try:
         from fastchat import conversation, utils
         from fastchat.model import model_adapter
+        from fastchat.serve import inference
     except ImportError as error:
         raise MissingPackageError(f"fastchat: expected pip install 'ropewalk[fastchat]', found: {error}") from error
 
@@ -64,10 +66,13 @@ def apply() -> str:
         expect_arguments("fschat", "load_model", model_adapter.load_model, _LOAD_MODEL)
         expect_arguments("fschat", "get_model_adapter", model_adapter.get_model_adapter, ["model_path"])
         expect_arguments("fschat", "get_context_length", utils.get_context_length, ["config"])
+        first = ["model", "tokenizer", "params", "device", "context_len"]
+        expect_arguments("fschat", "generate_stream", inference.generate_stream, first)
         adapter = _make_adapter(model_adapter)
         _replace(model_adapter, "load_model", _load_model(model_adapter, adapter))
         _replace(model_adapter, "get_model_adapter", _get_model_adapter(model_adapter, adapter))
         _replace(utils, "get_context_length", _get_context_length(utils.get_context_length))
+        _replace(inference, "generate_stream", _generate_stream(inference.generate_stream))
         _rebind(_functions)
         mend_streaming()
         for name, template in TEMPLATES.items():
@@ -300,6 +305,23 @@ def _get_context_length(original: Any) -> Any:
         return context_length(config) if known else original(config)
 
     return get_context_length
+
+
+def _generate_stream(original: Any) -> Any:
+    """Leave a prompt some room: FastChat cuts it to what max_new_tokens leaves of the context, be that nothing."""
+
+    @functools.wraps(original)
+    def generate_stream(
+        model: Any, tokenizer: Any, params: dict[str, Any], device: str, context_len: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        asked = int(params.get("max_new_tokens", 256))
+        if asked >= context_len - 1 and not model.config.is_encoder_decoder:
+            text = "--max-new-tokens: expected less than the context of %d, found %d; %d are generated"
+            log.warning(text, context_len, asked, context_len // 2)
+            params = {**params, "max_new_tokens": context_len // 2}
+        return original(model, tokenizer, params, device, context_len, *args, **kwargs)
+
+    return generate_stream
 
 
 def revert() -> str:

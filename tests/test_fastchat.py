@@ -251,6 +251,16 @@ def test_context_lengths(patched, shipped):
     assert get_context_length(ropewalk.load(shipped)[0].config) == 1024
 
 
+def test_more_new_tokens_than_the_context_holds(patched, shipped, caplog):
+    from fastchat.model.model_adapter import get_generate_stream_function
+
+    model, tokenizer = ropewalk.load(shipped)
+    asked = {"prompt": PROMPT, "temperature": 0, "max_new_tokens": 2048, "echo": True}
+    stream = get_generate_stream_function(model, str(shipped))(model, tokenizer, asked, "cpu", context_len=1024)
+    assert next(stream)["text"].startswith(PROMPT)  # nothing of it was cut
+    assert "expected less than the context of 1024, found 2048; 512 are generated" in caplog.text
+
+
 def test_without_the_patch_fastchat_fails_for_every_llama():
     """What is cured: the day this fails, FastChat or transformers has changed."""
     from fastchat.utils import get_context_length
@@ -268,7 +278,12 @@ def test_applying_twice_and_reverting(tmp_path):
     from fastchat.serve import inference
 
     owners = [(model_adapter, "load_model"), (model_adapter, "get_model_adapter"), (utils, "get_context_length")]
-    owners += [(inference, "load_model"), (inference, "get_context_length"), (fastchat.model, "load_model")]
+    owners += [
+        (inference, "generate_stream"),
+        (inference, "load_model"),
+        (inference, "get_context_length"),
+        (fastchat.model, "load_model"),
+    ]
 
     def now():
         return [getattr(owner, name) for owner, name in owners]
