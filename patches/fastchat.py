@@ -16,23 +16,17 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import MissingFileError, MissingPackageError, UsageError
 from ropewalk.patches.replace import Replacements, expect_arguments, installed
-from ropewalk.templates import TEMPLATES, Template
+from ropewalk.templates import TEMPLATES, Template, by_name
 
 log = logging.getLogger("ropewalk")
 
 _LOAD_MODEL = ("model_path", "device", "num_gpus", "max_gpu_memory", "dtype", "load_8bit", "cpu_offloading")
-# Which template a model of ours wants, by the first pattern found in its name; FastChat knows the others itself.
-_BY_NAME = (
-    (re.compile(r"(?:airoboros|spicyboros).*?[-_]m?(?P<major>\d)[.p](?P<minor>\d)"), None),  # see _airoboros
-    (re.compile(r"spicyboros"), "airoboros-2.1"),
-    (re.compile(r"airoboros|airophin"), "airoboros"),
-    (re.compile(r"orca[-_]8k"), "orca-8k"),
-)
+# Those of our templates that FastChat's own rules, which go by names as well, do not find.
+_ITS_RULES_MISS = ("airoboros", "airoboros-2.1", "orca-8k")
 
 _replaced = Replacements()
 _functions: list[tuple[Any, Any]] = []  # (FastChat's, ours)
@@ -147,23 +141,6 @@ def _is_ours_here(model_path: str) -> bool:
     return config.get("model_type") == "llama" and decide_rope(config).type != "default"
 
 
-def _template_of(model_path: str) -> str | None:
-    """Return which conversation template a model wants, or None where FastChat is to say."""
-    parts = Path(model_path).parts
-    # A branch or a file may say nothing; then the folder does, or the one above it.
-    for name in reversed([part.lower() for part in parts[-3:]]):
-        for pattern, template in _BY_NAME:
-            found = pattern.search(name)
-            if found:
-                return template or _airoboros(int(found["major"]), int(found["minor"]))
-    return None
-
-
-def _airoboros(major: int, minor: int) -> str:
-    """Return what airoboros of a version was trained with: Vicuna's form, "A chat." from 2.1 on, Llama 2's from 3.0."""
-    return "airoboros_v3" if major >= 3 else "airoboros-2.1" if (major, minor) >= (2, 1) else "airoboros"
-
-
 def _conversation(conversation: Any, name: str, template: Template) -> Any:
     """Return a template as FastChat has them; its other processes rebuild it from its fields, so it is no subclass."""
     styles = conversation.SeparatorStyle
@@ -208,8 +185,8 @@ def _make_adapter(model_adapter: Any) -> Any:
         def get_default_conv_template(self, model_path: str) -> Any:
             from fastchat.conversation import get_conv_template
 
-            template = _template_of(model_path)
-            if template is None:
+            template = by_name(model_path)
+            if template not in _ITS_RULES_MISS:
                 return others(model_path).get_default_conv_template(model_path)
             return get_conv_template(template)
 

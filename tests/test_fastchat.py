@@ -3,12 +3,9 @@
 import ast
 import json
 import os
-import pty
 import re
-import select
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -366,38 +363,22 @@ def test_the_command_line_with_history_and_weights_elsewhere(tmp_path, shipped):
     assert second["prompt"] == f"{first['prompt']} {first['outputs'].strip()}</s>USER: Why? ASSISTANT:"
 
 
-def test_prompts_of_several_lines_by_a_terminal():
+def test_prompts_of_several_lines_by_a_terminal(in_terminal):
     """Ctrl-D on an empty line ends a prompt, and the next one can have several lines as well."""
     recipe = next(r for r in RECIPES if "--multiline" in r)
-    process, terminal = pty.fork()
-    if process == 0:
-        arguments = command(recipe, "--temperature", "0", "--max-new-tokens", "8", "--debug", "--no-history")
-        os.execve(sys.executable, arguments, ENVIRONMENT)
-    try:
-        question = "USER [ctrl-d/z on empty line to end]: "
-        read_until(terminal, question)
-        for lines in (["BEGININPUT", "", "The sky is blue.", "ENDINPUT", "What is blue?"], ["And", "why?"]):
-            os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
-            read_until(terminal, lines[-1])
-            time.sleep(0.3)  # Python reads the line before it sees the Ctrl-D
-            os.write(terminal, b"\x04")
-            answered = read_until(terminal, question)
-            assert "'prompt': 'A chat.\\nUSER: " + "\\n".join(lines) + "\\nASSISTANT:'" in answered
-        os.write(terminal, b"\x04")
-        read_until(terminal, "exit...")
-    finally:
-        os.close(terminal)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-
-
-def read_until(terminal, text, seconds=120):
-    found, end = "", time.monotonic() + seconds
-    while text not in found:
-        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
-        assert ready, f"expected {text!r} after {found[-500:]!r}"
-        found += os.read(terminal, 1 << 16).decode(errors="replace")
-    return found
+    arguments = command(recipe, "--temperature", "0", "--max-new-tokens", "8", "--debug", "--no-history")
+    terminal = in_terminal(arguments[1:], ENVIRONMENT)
+    question = "USER [ctrl-d/z on empty line to end]: "
+    terminal.read_until(question)
+    for lines in (["BEGININPUT", "", "The sky is blue.", "ENDINPUT", "What is blue?"], ["And", "why?"]):
+        terminal.type("".join(f"{line}\n" for line in lines))
+        terminal.read_until(lines[-1])
+        time.sleep(0.3)  # Python reads the line before it sees the Ctrl-D
+        terminal.type("\x04")
+        answered = terminal.read_until(question)
+        assert "'prompt': 'A chat.\\nUSER: " + "\\n".join(lines) + "\\nASSISTANT:'" in answered
+    terminal.type("\x04")
+    terminal.read_until("exit...")
 
 
 def test_prompts_of_several_lines_by_a_pipe():
