@@ -7,6 +7,8 @@ Here these are modules in `sys.modules`, those of them that cannot be imported o
     quant         make_quant, make_quant_linear, QuantLinear
     modelutils    find_layers, DEV
 
+`python -m ropewalk.patches.gptq_for_llama SCRIPT …` runs a script as it is.
+
 `load_quant` had many signatures (branches old-cuda, cuda, triton, fastest-inference-4bit, t5, and those of
 text-generation-webui and its fork); they begin alike, and what follows is told apart by its name or kind.
 """
@@ -14,6 +16,7 @@ text-generation-webui and its fork); they begin alike, and what follows is told 
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -227,3 +230,26 @@ def status() -> dict[str, Any]:
         "tested": "the signatures of its branches up to triton, and of text-generation-webui",
         "applied": bool(_put),
     }
+
+
+def run_script(arguments: list[str]) -> None:
+    """Run a script, which is the first of the arguments, as Python itself would, with the modules in place.
+
+    Raises:
+        UsageError: no such file; whatever the script raises.
+    """
+    if not arguments or not Path(arguments[0]).is_file():
+        raise UsageError(f"gptq_for_llama: expected a script and its arguments, found {arguments[:1] or 'none'}")
+    apply()
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    from ropewalk.patches import gptq_for_llama  # what `ropewalk.patch` knows, and not this copy of it
+
+    try:
+        gptq_for_llama.run_script(sys.argv[1:])
+    except UsageError as error:
+        sys.exit(str(error))

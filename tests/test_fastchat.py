@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import ropewalk
 from ropewalk.cli import main
-from ropewalk.errors import PatchError, UsageError
+from ropewalk.errors import MissingPackageError, PatchError, UsageError
 from ropewalk.patches import fastchat as patch
 from ropewalk.templates import TEMPLATES
 
@@ -313,6 +313,16 @@ def test_another_fastchat_is_left_alone(monkeypatch):
         patch.apply()
     assert model_adapter.get_model_adapter is stays
     assert not patch.status()["applied"]
+
+
+def test_without_fastchat(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fastchat"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastchat", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'ropewalk\[fastchat\]'"):
+        patch.apply()
+    assert main(["fastchat", "cli"]) == 1
+    assert "ropewalk fastchat: fastchat: expected it installed" in capsys.readouterr().err
 
 
 def command(recipe, *more):

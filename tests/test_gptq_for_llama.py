@@ -1,6 +1,9 @@
 """Scripts of 2023 that import load_quant: every signature it had, on the three formats of its files."""
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from ropewalk.gptq.format import unpack, zeros_v1_to_v2
 from ropewalk.patches import gptq_for_llama
 
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text().partition("### GPTQ-for-LLaMa\n")[2].partition("\n##")[0]
 PARTIAL = {"rope_type": "partial-ntk", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 NAMES = {
     "llama",
@@ -217,9 +221,61 @@ def test_a_real_one_is_left_alone(tmp_path, monkeypatch):
         sys.modules.pop("llama", None)
 
 
+SCRIPT = """
+import argparse
+import sys
+
+sys.path.insert(0, "repositories/GPTQ-for-LLaMa")
+from llama_inference import load_quant
+from modelutils import DEV
+
+import torch
+from transformers import AutoTokenizer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="model")
+parser.add_argument("--wbits", type=int)
+parser.add_argument("--groupsize", type=int, default=-1)
+parser.add_argument("--load")
+parser.add_argument("--device", type=int, default=-1)
+args = parser.parse_args()
+model = load_quant(args.model, args.load, args.wbits, args.groupsize, args.device)
+model.to(DEV)
+tokenizer = AutoTokenizer.from_pretrained(args.model, use_fast=False)
+ids = tokenizer.encode("And the LORD said unto Moses,", return_tensors="pt").to(DEV)
+with torch.no_grad():
+    made = model.generate(ids, do_sample=False, min_length=0, max_length=30)
+print(tokenizer.decode([el.item() for el in made[0]], skip_special_tokens=True))
+"""
+
+
+def test_a_script_as_it_is_by_the_recipe_of_the_readme(tmp_path, shipped):
+    line = next(line for line in README.splitlines() if line.startswith("    python -m"))
+    (tmp_path / "SCRIPT.py").write_text(SCRIPT)
+    ignored = shutil.ignore_patterns("*.safetensors", "quantize_config.json")
+    shutil.copytree(shipped, tmp_path / "model", ignore=ignored)
+    torch.save(load_file(next(shipped.glob("*.safetensors"))), tmp_path / "llama-13b-4bit-32g.pt")
+    command = [sys.executable, *shlex.split(line)[1:]]
+    environment = {**os.environ, "ROPEWALK_CPU_MODE": "exact"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = ropewalk.load(shipped)
+    ids = tokenizer("And the LORD said unto Moses,", return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(model.generate(ids, do_sample=False, max_length=30)[0], skip_special_tokens=True)
+    assert done.stdout.strip() == expected.strip()
+
+
+def test_no_script(tmp_path):
+    for arguments in ([], [tmp_path / "nothing.py"]):
+        command = [sys.executable, "-m", "ropewalk.patches.gptq_for_llama", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 1
+        assert done.stderr.startswith("gptq_for_llama: expected a script and its arguments, found")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_recipe_of_the_readme(old_files, tmp_path):
-    section = (ROOT / "README.md").read_text().partition("### GPTQ-for-LLaMa\n")[2].partition("\n##")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     folder, file, _ = old_files(3, ".pt")
     for word, path in (("llama-13b-folder", folder), ("llama-13b-4bit-32g.pt", file)):
         assert f'"{word}"' in code
