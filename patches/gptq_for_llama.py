@@ -137,7 +137,8 @@ def make_quant(
     name: str = "",
     kernel_switch_threshold: Any = 128,
 ) -> None:
-    """Put `QuantLinear` in the places of linear layers, for a state dict to be loaded into.
+    """Put `QuantLinear` in the places of linear layers, for a state dict to be loaded into; a whole model of
+    transformers gets the rotary embedding that its config means, too, which scripts cannot know.
 
     Args:
         module: of torch; changed in place.
@@ -148,6 +149,7 @@ def make_quant(
         name: what stands before the names of the layers of `module`.
     """
     from ropewalk.loader.quant_linear import QuantLinear
+    from ropewalk.loader.quantizer import install_rope
 
     name = faster if isinstance(faster, str) else name
     layers = {path: layer for path, layer in module.named_modules() if f"{name}.{path}".lstrip(".") in names}
@@ -157,6 +159,8 @@ def make_quant(
         )
         parent, _, last = path.rpartition(".")
         setattr(module.get_submodule(parent), last, packed)
+    if hasattr(module, "config"):
+        install_rope(module)
 
 
 def find_layers(module: Any, layers: Any = None, name: str = "") -> dict[str, Any]:
@@ -233,16 +237,18 @@ def status() -> dict[str, Any]:
 
 
 def run_script(arguments: list[str]) -> None:
-    """Run a script, which is the first of the arguments, as Python itself would, with the modules in place.
+    """Run a script, which is the first of the arguments, as Python itself would, except that the modules are ours
+    even where it would find others.
 
     Raises:
         UsageError: no such file; whatever the script raises.
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise UsageError(f"gptq_for_llama: expected a script and its arguments, found {arguments[:1] or 'none'}")
+    del sys.path[0]  # the working directory, which may have the modules themselves
     apply()
     sys.argv = arguments
-    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -184,8 +184,7 @@ def test_scripts_that_put_the_layers_in_themselves(shim, old_files, reference_mo
     assert not left.missing_keys
     assert all(name.endswith(".bias") for name in left.unexpected_keys)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
-    found, expected = logits(model), logits(reference_model(folder, weights))
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    check(model, folder, weights, reference_model)  # partial NTK, which the script knows nothing of
     # the order of arguments of the branches without `faster`
     one = nn.ModuleDict({"a": nn.Linear(32, 32, bias=False), "b": nn.Linear(32, 32)})
     make_quant(one, ["inside.b"], 4, -1, "inside")
