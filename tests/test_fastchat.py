@@ -92,6 +92,26 @@ def test_a_packed_folder_loads_by_fastchats_own_function(patched, packed_folder,
         load_model(str(folder), device="cpu")
 
 
+def test_names_of_the_hub_with_their_branches(patched, packed_folder, reference_model, tmp_path, monkeypatch):
+    from fastchat.model import load_model
+
+    folder, weights = packed_folder
+    (tmp_path / "models").mkdir()
+    shutil.copytree(folder, tmp_path / "models" / "user_model_gptq-4bit-32g")  # as download-model.py calls it
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model("user/model:gptq-4bit-32g", device="cpu")
+    check(model, folder, weights, reference_model)
+    asked = []
+    monkeypatch.setattr("ropewalk.loader.load.load", lambda name, **options: asked.append((name, options)) or (1, 2))
+    load_model("user/model:gptq-4bit-32g", device="cpu", revision="main")
+    load_model("user/model-GPTQ", device="cpu", revision="gptq-3bit")
+    usual = {"device_map": "cpu", "dtype": None}
+    assert asked == [
+        ("user/model:gptq-4bit-32g", usual),
+        ("user/model-GPTQ", {**usual, "revision": "gptq-3bit"}),
+    ]
+
+
 @pytest.mark.parametrize("where", ["a file", "its folder"])
 def test_gptq_ckpt(patched, packed_folder, reference_model, tmp_path, where):
     from fastchat.model import load_model
@@ -121,6 +141,16 @@ def test_fastchats_own_loader_finds_the_stand_in_of_gptq_for_llama(packed_folder
         sys.path[:] = before
         ropewalk.unpatch("gptq_for_llama")
     check(model, folder, weights, reference_model)
+
+
+def test_several_gpus_as_fastchat_means_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model_adapter = SimpleNamespace(get_gpu_memory=lambda count: [24.0, 10.0][:count])
+    assert patch._places(model_adapter, "cuda", 1, None) == {"device_map": "cuda"}
+    assert patch._places(model_adapter, "cpu", 2, None) == {"device_map": "cpu"}
+    both = {"device_map": "sequential", "max_memory": {0: "20GiB", 1: "8GiB"}}  # it takes 85 % of each
+    assert patch._places(model_adapter, "cuda", 2, None) == both
+    assert patch._places(model_adapter, "cuda", 2, "13Gib")["max_memory"] == {0: "13Gib", 1: "13Gib"}
 
 
 def test_which_models_are_ours(patched, packed_folder, tmp_path, make_plain):
