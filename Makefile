@@ -74,7 +74,7 @@ small-model: $(VENV)-gptqmodel/installed
 
 $(VENV)/environment: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,lint,plot,peft]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,lint,plot,peft,fastchat]'
 	touch $@
 
 $(VENV)-gptqmodel/environment: setup.py pyproject.toml constraints.txt

@@ -52,6 +52,7 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],
+    "fastchat": ["fschat>=0.2.36", "peft>=0.18"],
     "test": ["pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "bitsandbytes>=0.46.1", "packaging"],
     "lint": ["ruff", "mypy"],
 }

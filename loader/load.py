@@ -35,6 +35,7 @@ def load(
     model: str | Path,
     *,
     revision: str | None = None,
+    weights: str | Path | None = None,
     rope: str = "auto",
     device_map: Any = None,
     max_memory: Mapping[Any, Any] | None = None,
@@ -58,6 +59,7 @@ def load(
             `:branch` where the variants of a model are branches. Packed by GPTQ in any of the formats of
             `ropewalk.loader.encodings`, or in plain float16.
         revision: a branch, tag or commit of the Hub.
+        weights: a file of weights that is elsewhere than the model's config.json and tokenizer.
         rope: "auto" follows the config and what it implies (see `ropewalk.loader.rope`); otherwise
             "none", "linear:2", "partial-ntk:factor=4,original=4096" and so on (`parse_rope`).
         device_map: a device, "auto", or module name -> device, as accelerate takes it; by default all on the GPU if
@@ -91,7 +93,8 @@ def load(
     hub["progress"] = progress is not False
     adapters = None if lora is None else _adapters(lora, hub)
     source = find_source(model, revision=revision, **hub)
-    checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
+    file = source.file if weights is None else Path(weights).expanduser()
+    checkpoint = open_checkpoint(source.folder, file=file, bits=bits, group_size=group_size)
     decision = decide_rope(checkpoint.config, rope, checkpoint.folder / "config.json")
     log.info("rope: %s, since %s", decision, decision.why)
     for warning in (*checkpoint.warnings, *decision.warnings):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pty
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +370,45 @@ def reference_model() -> Callable[..., Any]:
 def shipped() -> Path:
     """Return the folder of the model that ships with the package."""
     return FOLDER
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]):
+        self._process, self._terminal = pty.fork()
+        if self._process == 0:
+            os.execve(arguments[0], arguments, environment)
+
+    def read_until(self, text: str, seconds: float = 120) -> str:
+        """Return what it prints up to a text."""
+        found, end = "", time.monotonic() + seconds
+        while text not in found:
+            ready, _, _ = select.select([self._terminal], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"expected {text!r} after {found[-500:]!r}"
+            found += os.read(self._terminal, 1 << 16).decode(errors="replace")
+        return found
+
+    def type(self, text: str) -> None:
+        """Type something, control characters among it."""
+        os.write(self._terminal, text.encode())
+
+    def close(self) -> None:
+        """End the program, whatever it does."""
+        os.close(self._terminal)
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+
+
+@pytest.fixture
+def in_terminal() -> Iterator[Callable[..., Terminal]]:
+    """Return a function that starts a program in a terminal, from its arguments and environment; it ends by itself."""
+    started: list[Terminal] = []
+
+    def start(arguments: list[str], environment: dict[str, str] | None = None) -> Terminal:
+        started.append(Terminal([sys.executable, *arguments], environment or dict(os.environ)))
+        return started[-1]
+
+    yield start
+    for terminal in started:
+        terminal.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from ropewalk.errors import UsageError
-from ropewalk.templates import TEMPLATES, apply, closed_context
+from ropewalk.templates import TEMPLATES, apply, by_name, closed_context, converse
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,8 @@ def test_the_tokenizers_own():
 
     assert apply("Hello", "auto", tokenizer=Tokenizer()) == ("user:Hello", [])
     assert apply("Hello", "auto", system="Be", tokenizer=Tokenizer()) == ("system:Be|user:Hello", [])
+    turns = [("Hi", "Ho"), ("Why?", None)]
+    assert converse(turns, "auto", tokenizer=Tokenizer()) == ("user:Hi|assistant:Ho|user:Why?", [])
     with pytest.raises(UsageError, match="found none; name one of airoboros"):
         apply("Hello", "auto", tokenizer=object())
 
@@ -62,6 +64,53 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(UsageError, match=r"airoboros-2.1.*found 'chatml'"):
         apply("Hello", "chatml")
     assert set(TEMPLATES) >= {"airoboros", "airoboros-2.1", "vicuna-1.1", "orca-8k", "llama-2", "alpaca", "chat-ml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("airoboros-2.1", "A chat.\nUSER: Hi\nASSISTANT: Ho</s>USER: Why?\nASSISTANT:"),
+        ("orca-8k", "<|system|>A chat.</s><|prompter|>Hi</s><|assistant|> Ho</s><|prompter|>Why?</s><|assistant|>"),
+        ("llama-2", "[INST] <<SYS>>\nA chat.\n<</SYS>>\n\nHi [/INST] Ho </s><s>[INST] Why? [/INST]"),
+        (
+            "bagel-chat-ml",
+            "system\nA chat.\n</s><s>user\nHi\n</s><s>assistant\n Ho\n</s><s>user\nWhy?\n</s><s>assistant\n",
+        ),
+        (
+            "alpaca",
+            "A chat.\n\n### Instruction:\nHi\n\n### Response:\n Ho\n\n### Instruction:\nWhy?\n\n### Response:\n",
+        ),
+    ],
+)
+def test_conversations(name, prompt):
+    turns = [("Hi", " Ho"), ("Why?", None)]
+    assert converse(turns, name, system="A chat.")[0] == prompt
+    assert converse(turns, None) == ("Hi Ho\nWhy?", [])
+    assert converse([("{system}", "{user}"), ("Why?", None)], name)[0].count("{") == 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_parts_of_a_template_are_its_form(name):
+    template = TEMPLATES[name]
+    assert template.opening + template.turn == template.form
+    assert template.turn.startswith(f"{template.user}{{user}}")
+    assert template.turn.endswith(template.assistant)
+    assert "{system}" in template.opening
+
+
+@pytest.mark.parametrize(
+    ("model", "template"),
+    [
+        ("TheBloke/Airoboros-c34B-2.1-GPTQ:gptq-4bit-32g-actorder_True", "airoboros-2.1"),
+        ("models/airoboros-33B-gpt4-1.4-GPTQ/gptq_model-4bit-32g.safetensors", "airoboros"),
+        ("C:\\models\\airophin-13b-pntk-16k-GPTQ", "airoboros"),
+        ("jondurbin/airoboros-m-7b-3.1.2", "llama-2"),
+        ("jondurbin/bagel-8x7b-v0.2", "bagel-chat-ml"),
+        ("demo", None),
+    ],
+)
+def test_a_models_name_tells_its_template(model, template):
+    assert by_name(model) == template
 
 
 def test_closed_context():

@@ -22,12 +22,14 @@ COMMANDS = {
     "demo": "the main job on the small model that ships with the package",
     "inspect": "what is in a checkpoint, and which rotary embedding it means",
     "generate": "continue a prompt, streaming",
+    "chat": "a chat in the terminal",
     "perplexity": "perplexity over a text, by length of context",
     "quantize": "pack a float16 model with GPTQ",
     "convert": "write any checkpoint that is read here as safetensors",
     "bench": "our kernels against others found here, in one run",
     "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
     "tune": "find the fastest plans for the GPU that is here, and keep them",
+    "fastchat": "FastChat's command line and servers, with our loader in them",
     "doctor": "what is installed here, and what will be used",
 }
 

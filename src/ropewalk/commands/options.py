@@ -93,6 +93,37 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
 
 
+def add_sampling(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
+    """Add how text is generated, with defaults."""
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=max_new_tokens, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)g)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is all (default: 0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `ropewalk.generation.generate` takes of them, without the strings that end a text.
+
+    Raises:
+        UsageError: one out of range.
+    """
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p: expected above 0 and at most 1, found {args.top_p:g}")
+    if args.top_k < 0:
+        raise UsageError(f"--top-k: expected 0 or more, found {args.top_k}")
+    if args.repetition_penalty <= 0:
+        raise UsageError(f"--repetition-penalty: expected above 0, found {args.repetition_penalty:g}")
+    if not args.temperature >= 0:
+        raise UsageError(f"--temperature: expected 0 or more, found {args.temperature:g}")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
 def positive(text: str) -> int:
     """Parse a whole number from 1 on, for argparse."""
     value = int(text)
