@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import MissingPackageError, UsageError
-from ropewalk.patches.replace import Replacements, expect_arguments, installed
+from ropewalk.patches.replace import Replacements, absent, expect_arguments, installed
 
 log = logging.getLogger("ropewalk")
 
@@ -55,7 +55,7 @@ def apply() -> str:
             from auto_gptq.utils import import_utils, peft_utils
         except ImportError as error:
             raise MissingPackageError(f"patch: expected the package auto-gptq and transformers 4, {error}") from error
-        choose, peft = getattr(import_utils, CHOOSE), getattr(peft_utils, PEFT)
+        choose, peft = getattr(import_utils, CHOOSE, absent), getattr(peft_utils, PEFT, absent)
         from_quantized = _base.BaseGPTQForCausalLM.from_quantized.__func__
         known = ["use_triton", "desc_act", "group_size", "bits", "disable_exllama", "disable_exllamav2", "use_qigen"]
         expect_arguments("auto_gptq", CHOOSE, choose, [*known, "disable_marlin"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import MissingPackageError, PatchError
-from ropewalk.patches.replace import Replacements, expect_arguments, installed
+from ropewalk.patches.replace import Replacements, absent, expect_arguments, installed
 
 log = logging.getLogger("ropewalk")
 
@@ -47,8 +47,8 @@ def apply() -> str:
         except ImportError as error:
             raise MissingPackageError(f"patch: expected the package gptqmodel, {error}") from error
         table = _with_ours(importer)
-        for name, first in ((LOAD, ["model"]), (POST_INIT, ["model"])):
-            expect_arguments("gptqmodel", name, getattr(loader, name, _nothing), first)
+        for name in (LOAD, POST_INIT):
+            expect_arguments("gptqmodel", name, getattr(loader, name, absent), ["model"])
         _replaced.put(importer, TABLE, table)
         _replaced.put(loader, LOAD, _load(getattr(loader, LOAD)))
         _replaced.put(loader, POST_INIT, _post_init(getattr(loader, POST_INIT)))
@@ -56,10 +56,6 @@ def apply() -> str:
 
     register_rope_types()
     return "gptqmodel: GPTQModel.load computes with ropewalk's layers (backend auto, formats gptq and gptq_v2)"
-
-
-def _nothing() -> None:
-    """Stands for a function that is not there: it has none of the arguments."""
 
 
 def _with_ours(importer: Any) -> Any:

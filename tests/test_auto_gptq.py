@@ -13,7 +13,7 @@ from torch import nn
 
 import ropewalk
 from ropewalk.bench.perplexity import perplexity
-from ropewalk.errors import PatchError, UsageError
+from ropewalk.errors import MissingPackageError, PatchError, UsageError
 from ropewalk.gptq.format import dequantize, zeros_v1_to_v2
 from ropewalk.gptq.rtn import quantize_rtn
 from ropewalk.loader.rotary import RopewalkRotaryEmbedding
@@ -289,6 +289,7 @@ def test_revert_restores_all_of_it(make_checkpoint, tmp_path):
     ("owner", "name"), [(import_utils, "dynamically_import_QuantLinear"), (peft_utils, "get_gptq_peft_model")]
 )
 def test_an_autogptq_that_is_not_known(owner, name, monkeypatch):
+    """One that has another of these functions, or none."""
     monkeypatch.setattr(owner, name, lambda bits: None)
     before = what_is_there()
     with pytest.raises(PatchError, match=rf"auto_gptq 0\.7\.1: expected {name}\(.*, found bits; nothing was replaced"):
@@ -304,10 +305,20 @@ def test_an_autogptq_that_is_not_known(owner, name, monkeypatch):
     }
 
 
+def test_what_needs_transformers_5_says_so(shipped):
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.__init__, PreTrainedModel.from_pretrained.__func__
+    for wanted in (ropewalk.patch, lambda: ropewalk.load(shipped)):
+        with pytest.raises(MissingPackageError, match=r"expected transformers 5\.6 or newer, found 4\.57\.6"):
+            wanted()
+    assert before == (PreTrainedModel.__init__, PreTrainedModel.from_pretrained.__func__)
+
+
 def test_the_recipe_of_the_readme():
     section = README.read_text().partition("### AutoGPTQ\n")[2].partition("\n### ")[0]
     code = re.search("```python\n(.*?)```", section, re.DOTALL)[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("In the beginning")
-    assert len(done.stdout) > 100
+    assert len(done.stdout) > 100 and len(set(done.stdout.split())) > 10

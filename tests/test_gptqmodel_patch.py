@@ -21,6 +21,7 @@ from ropewalk.shipped import FOLDER, held_out_text
 pytest.importorskip("gptqmodel", reason="`make oracle` makes an environment with it", exc_type=ImportError)
 
 from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.adapter.adapter import Lora
 from gptqmodel.models import loader
 from gptqmodel.utils import importer
 
@@ -156,10 +157,10 @@ def test_context_beyond_the_original_is_of_use():
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 3, **V2}], ids=["v1", "v2"])
 def test_saved_again_bit_for_bit(settings, patched, make, tmp_path):
-    folder, _ = make(arch="codellama", **settings)
+    folder, _ = make(arch="airophin", **settings)
     loaded = load(folder)
     before = loaded.model
-    logits_of(loaded)
+    expected = logits_of(loaded)
     # transformers writes what our layers give back, GPTQModel reads the file again.
     written = {name: t for name, t in before.state_dict().items() if name.rpartition(".")[2] in PACKED}
     loaded.save_quantized(str(tmp_path / "saved"))
@@ -171,6 +172,9 @@ def test_saved_again_bit_for_bit(settings, patched, make, tmp_path):
     )
     assert len(written) == 4 * 14
     assert all(torch.equal(tensor, packed[name]) for name, tensor in written.items())
+    again = load(tmp_path / "saved")
+    assert again.model.config.rope_parameters["rope_type"] == "partial-ntk"
+    assert torch.equal(logits_of(again), expected)
 
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -211,6 +215,7 @@ def test_what_is_left_to_their_own_layers(patched, make):
     assert choose(**settings, device="cpu").__name__ == "RopewalkLinear"
     assert choose(**settings, device="cuda").__name__ == "RopewalkLinear"
     assert choose(**settings, device="cpu", pack=True).__name__ != "RopewalkLinear"
+    assert choose(**settings, device="cpu", adapter=Lora(path="adapter", rank=8)).__name__ != "RopewalkLinear"
     assert choose(**settings | {"bits": 5}, device="cpu").__name__ == "TorchLinear"
     assert choose(**settings, device="cpu", format="gptq_p").__name__ != "RopewalkLinear"
 
@@ -298,4 +303,4 @@ def test_the_recipe_of_the_readme():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     answer = done.stdout.rpartition("In the beginning")[2]
-    assert len(answer) > 100 and len(set(answer.split())) > 15
+    assert len(answer) > 100 and len(set(answer.split())) > 10
