@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import MissingPackageError, PatchError
 from ropewalk.patches.replace import Replacements, absent, expect_arguments, installed
-
-log = logging.getLogger("ropewalk")
 
 TABLE = "AUTO_BACKEND_KERNEL_MAPPING"
 LOAD = "load_checkpoint_in_model_then_tie_weights"
@@ -40,25 +37,35 @@ def apply() -> str:
         MissingPackageError: GPTQModel is not installed.
         PatchError: a GPTQModel that is not as it is known here; nothing is changed then.
     """
+    from ropewalk.loader.rotary import register_rope_types
+
     if not _replaced:
+        try:
+            import gptqmodel  # noqa: F401
+        except ImportError as error:
+            raise MissingPackageError(f"patch: expected the package gptqmodel, {error}") from error
         try:
             from gptqmodel.models import loader
             from gptqmodel.utils import importer
+
+            from ropewalk.patches.gptqmodel_layer import RopewalkLinear
         except ImportError as error:
-            raise MissingPackageError(f"patch: expected the package gptqmodel, {error}") from error
-        table = _with_ours(importer)
+            raise PatchError(_package(), "modules as 7.6 has them", error) from error
+        table = _with_first(RopewalkLinear, importer)
         for name in (LOAD, POST_INIT):
             expect_arguments("gptqmodel", name, getattr(loader, name, absent), ["model"])
+        register_rope_types()
         _replaced.put(importer, TABLE, table)
         _replaced.put(loader, LOAD, _load(getattr(loader, LOAD)))
         _replaced.put(loader, POST_INIT, _post_init(getattr(loader, POST_INIT)))
-    from ropewalk.loader.rotary import register_rope_types
-
-    register_rope_types()
     return "gptqmodel: GPTQModel.load computes with ropewalk's layers (backend auto, formats gptq and gptq_v2)"
 
 
-def _with_ours(importer: Any) -> Any:
+def _package() -> str:
+    return f"gptqmodel {installed('gptqmodel')}"
+
+
+def _with_first(ours: Any, importer: Any) -> Any:
     """Return GPTQModel's table with our class before the others."""
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
     from gptqmodel.quantization import FORMAT, METHOD
@@ -67,17 +74,14 @@ def _with_ours(importer: Any) -> Any:
     expect_arguments("gptqmodel", "_validate", BaseQuantLinear._validate, ["bits", "group_size", "desc_act", "sym"])
     table = getattr(importer, TABLE, None)
     expected = f"{TABLE}: method -> format -> classes in order"
-    package = f"gptqmodel {installed('gptqmodel')}"
     if not isinstance(table, dict) or not isinstance(table.get(METHOD.GPTQ), dict):
-        raise PatchError(package, expected, type(table).__name__)
-    from ropewalk.patches.gptqmodel_layer import RopewalkLinear
-
+        raise PatchError(_package(), expected, type(table).__name__)
     of_gptq = dict(table[METHOD.GPTQ])
     for name in (FORMAT.GPTQ, FORMAT.GPTQ_V2):
         classes = of_gptq.get(name)
         if not classes or not all(isinstance(c, type) and issubclass(c, BaseQuantLinear) for c in classes.values()):
-            raise PatchError(package, expected, f"other things for {name.value}")
-        of_gptq[name] = OrderedDict([(BACKEND.AUTO, RopewalkLinear), *classes.items()])
+            raise PatchError(_package(), expected, f"other things for {name.value}")
+        of_gptq[name] = OrderedDict([(BACKEND.AUTO, ours), *classes.items()])
     return {**table, METHOD.GPTQ: of_gptq}
 
 

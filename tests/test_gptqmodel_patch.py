@@ -214,6 +214,7 @@ def test_what_is_left_to_their_own_layers(patched, make):
     choose = importer.select_quant_linear
     assert choose(**settings, device="cpu").__name__ == "RopewalkLinear"
     assert choose(**settings, device="cuda").__name__ == "RopewalkLinear"
+    assert choose(**settings, device="cpu", backend=BACKEND.AUTO_TRAINABLE).__name__ == "RopewalkLinear"
     assert choose(**settings, device="cpu", pack=True).__name__ != "RopewalkLinear"
     assert choose(**settings, device="cpu", adapter=Lora(path="adapter", rank=8)).__name__ != "RopewalkLinear"
     assert choose(**settings | {"bits": 5}, device="cpu").__name__ == "TorchLinear"
@@ -280,15 +281,18 @@ def test_revert_restores_all_of_it(make):
     assert logits_of(ours).isfinite().all()
 
 
-@pytest.mark.parametrize("fault", ["no table", "other classes", "other arguments"])
+@pytest.mark.parametrize("fault", ["no table", "other classes", "other arguments", "other modules"])
 def test_a_gptqmodel_that_is_not_known(fault, monkeypatch):
     if fault == "no table":
         monkeypatch.delattr(importer, "AUTO_BACKEND_KERNEL_MAPPING")
     elif fault == "other classes":
         table = {method: dict.fromkeys(formats) for method, formats in importer.AUTO_BACKEND_KERNEL_MAPPING.items()}
         monkeypatch.setattr(importer, "AUTO_BACKEND_KERNEL_MAPPING", table)
-    else:
+    elif fault == "other arguments":
         monkeypatch.setattr(loader, "gptqmodel_post_init", lambda net: net)
+    else:
+        monkeypatch.delitem(sys.modules, "ropewalk.patches.gptqmodel_layer", raising=False)
+        monkeypatch.delattr("gptqmodel.nn_modules.qlinear.GPTQQuantLinear")
     before = (vars(importer).copy(), vars(loader).copy())
     with pytest.raises(PatchError, match=r"gptqmodel 7\.6\.0: expected .*, found .*; nothing was replaced"):
         ropewalk.patch("gptqmodel")
