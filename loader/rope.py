@@ -300,15 +300,18 @@ def _check_is_known(rope_type: str) -> None:
 
 
 def _has_rotary(config: Mapping[str, Any]) -> bool:
+    from transformers import modeling_rope_utils
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
         return False
-    # Every model of transformers 5 with a rotary embedding that can be scaled declares rope_parameters; transformers 4,
-    # with which AutoGPTQ runs, knows rope_scaling instead.
     known = CONFIG_MAPPING[model_type]
-    return hasattr(known, "rope_parameters") or "rope_scaling" in inspect.signature(known.__init__).parameters
+    if hasattr(modeling_rope_utils, "RotaryEmbeddingConfigMixin"):
+        # Every model of transformers 5 with a rotary embedding that can be scaled declares this.
+        return hasattr(known, "rope_parameters")
+    # transformers 4, with which AutoGPTQ runs
+    return bool({"rope_theta", "rope_scaling"} & inspect.signature(known.__init__).parameters.keys())
 
 
 def _plain(value: Any) -> str:

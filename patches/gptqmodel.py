@@ -104,6 +104,8 @@ def _read_floats_again(model: Any, checkpoint: Path) -> None:
     from ropewalk.loader.quant_linear import QuantLinear
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    if not layers:
+        return
     files = [checkpoint]
     if checkpoint.name.endswith(".index.json"):
         shards = json.loads(checkpoint.read_text())["weight_map"]
