@@ -9,7 +9,7 @@ what it requires. What is changed, all of it undone by `revert`:
     from_quantized                   of the base of all models: once one is loaded, its layers are made ready and its
                                      rotary embedding is settled. Fused attention and MLPs, which are made for
                                      AutoGPTQ's own layers, are left out with a warning.
-    get_gptq_peft_model              puts PEFT's own LoRA on our layers; AutoGPTQ's fails with every peft since 0.7.
+    get_gptq_peft_model              puts PEFT's own LoRA on our layers; AutoGPTQ's own fails with peft 0.17.
 """
 
 from __future__ import annotations
