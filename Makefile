@@ -5,7 +5,8 @@
 #   make lint     ruff and mypy
 #   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
 #   make fuzz     50,000 checkpoints with faults, loaded or refused (Linux, 2 processes, 20 min.; COUNT=, SEED=, WORKERS=)
-#   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute
+#   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute, and run our layers
+#   make test-autogptq   the part of that in which AutoGPTQ runs our layers
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
 #   make dev      install for work on the code: links that type checkers and editors can follow
 #   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
@@ -19,7 +20,7 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint sanitize fuzz oracle bench-cpu dev small-model clean
+.PHONY: demo test lint sanitize fuzz oracle test-autogptq bench-cpu dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -55,8 +56,12 @@ WORKERS ?= 2
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python tests/fuzz_checkpoints.py --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
-oracle: $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed
-	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest tests/test_gptqmodel.py tests/test_formats.py
+oracle: $(VENV)-gptqmodel/installed test-autogptq
+	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest \
+		tests/test_gptqmodel.py tests/test_formats.py tests/test_gptqmodel_patch.py
+
+test-autogptq: $(VENV)-autogptq/installed
+	$(VENV)-autogptq/bin/python -m pytest tests/test_auto_gptq.py
 
 # All that there is to compare with on a CPU, in one run each.
 BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
@@ -82,19 +87,20 @@ $(VENV)-gptqmodel/environment: setup.py pyproject.toml constraints.txt
 	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,gptqmodel]'
 	touch $@
 
-$(VENV)/installed $(VENV)-gptqmodel/installed: %/installed: %/environment $(FOLDERS)
+# AutoGPTQ's last release needs the packages of its time, and so ropewalk comes without its own.
+$(VENV)-autogptq/environment: constraints-autogptq.txt
+	$(PYTHON) -m venv $(VENV)-autogptq
+	$(VENV)-autogptq/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-autogptq.txt \
+		auto-gptq ninja pytest
+	touch $@
+
+$(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed: %/installed: %/environment $(FOLDERS)
 	$*/bin/python $(INSTALL_LINKS)
 	touch $@
 
 # llama.cpp is compiled for this processor, which takes 5 to 10 minutes on two cores.
 $(VENV)-gptqmodel/llama-cpp: $(VENV)-gptqmodel/environment
 	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) llama-cpp-python==0.3.36 matplotlib
-	touch $@
-
-# AutoGPTQ's last release needs the packages of its time; of ours it sees only the files.
-$(VENV)-autogptq/installed: constraints-autogptq.txt
-	$(PYTHON) -m venv $(VENV)-autogptq
-	$(VENV)-autogptq/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-autogptq.txt auto-gptq
 	touch $@
 
 # Hugging Face's `kernels`, out of the way, for the test that our folder of that name does not hide it.

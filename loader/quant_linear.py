@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ropewalk.gptq.ops  # noqa: F401  registers ropewalk::gptq_linear
 from ropewalk import cpu
@@ -80,7 +80,7 @@ class QuantLinear(KeepsDtypes):
         checkpoint_format: str = "gptq",
         device: torch.device | str | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): a subclass may be a layer of another program as well
         if checkpoint_format not in FORMATS:
             raise FormatError("checkpoint_format", " or ".join(FORMATS), repr(checkpoint_format))
         tensors = expected_tensors(infeatures, outfeatures, bits, group_size, bias=bias)

@@ -7,6 +7,7 @@ transformers asks a quantized model's `hf_quantizer` whether it can be saved, tr
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ropewalk.loader import apply_rotary
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.rope import RopeDecision, decide_rope
 from ropewalk.loader.rotary import RopewalkRotaryEmbedding
+
+log = logging.getLogger("ropewalk")
 
 # Families whose rotary module is Llama's by another name: half-rotated, one inv_freq for all layers.
 ROTARY_CLASSES = frozenset(
@@ -117,12 +120,14 @@ def install_rope(model: Any, decision: RopeDecision | None = None) -> None:
         decision: which one; by default what the config means (see `ropewalk.loader.rope`).
     """
     config = model.config
-    if getattr(config, "rope_parameters", None) is None:
+    if getattr(config, "rope_parameters", {}) is None:
+        return
+    if decision is None:
+        decision = decide_rope(config.to_dict())
+    if not decision.parameters:
         return
     for modeling in {type(module).__module__ for module in model.modules()}:
         apply_rotary.replace(modeling)
-    if decision is None:
-        decision = decide_rope(config.to_dict())
     config.rope_parameters = decision.parameters
     for name, module in list(model.named_modules()):
         if type(module).__name__ in ROTARY_CLASSES or isinstance(module, RopewalkRotaryEmbedding):
@@ -132,3 +137,16 @@ def install_rope(model: Any, decision: RopeDecision | None = None) -> None:
             if ours.modeling is not None:
                 apply_rotary.expect_float32_tables(ours.modeling)
             setattr(model.get_submodule(parent), attribute, ours)
+
+
+def settle_rope(model: Any) -> None:
+    """Give a model that another program has loaded the rotary embedding that its config means, and say which that is.
+
+    Raises:
+        RopeError: a config that names an unknown type or impossible parameters.
+    """
+    decision = decide_rope(model.config.to_dict())
+    install_rope(model, decision)
+    log.info("rope: %s, since %s", decision, decision.why)
+    for warning in decision.warnings:
+        log.warning("rope: %s", warning)

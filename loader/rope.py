@@ -7,6 +7,7 @@ gives such a model the default embedding without a word, and it talks nonsense p
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -324,11 +325,18 @@ def _check_is_known(rope_type: str) -> None:
 
 
 def _has_rotary(config: Mapping[str, Any]) -> bool:
+    from transformers import modeling_rope_utils
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config["model_type"]
-    # Every model of transformers 5 with a rotary embedding that can be scaled declares rope_parameters.
-    return model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], "rope_parameters")
+    if model_type not in CONFIG_MAPPING:
+        return False
+    known = CONFIG_MAPPING[model_type]
+    if hasattr(modeling_rope_utils, "RotaryEmbeddingConfigMixin"):
+        # Every model of transformers 5 with a rotary embedding that can be scaled declares this.
+        return hasattr(known, "rope_parameters")
+    # transformers 4, with which AutoGPTQ runs
+    return bool({"rope_theta", "rope_scaling"} & inspect.signature(known.__init__).parameters.keys())
 
 
 def _plain(value: Any) -> str:

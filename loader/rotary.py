@@ -6,13 +6,14 @@ up to 5e-4, which is 8 rad at position 16384.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ropewalk.errors import RopeError
+from ropewalk.errors import MissingPackageError, RopeError
 from ropewalk.loader import apply_rotary
 from ropewalk.loader.keeps_dtypes import KeepsDtypes
 from ropewalk.rope.frequencies import ROPE_TYPES, inverse_frequencies, parameter_names, rotary_dim
@@ -66,8 +67,15 @@ def register_rope_types() -> None:
     A config that names one then builds, saves and reloads. "ntk-by-parts" means the formula of the YaRN
     paper (section 3.2); the formula of July 2023 that also went by that name is "partial-ntk". Calling
     it again changes nothing, and types that transformers has itself are left alone.
+
+    Raises:
+        MissingPackageError: a transformers before 5, whose configs have no such types.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+    try:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+    except ImportError as error:
+        found = importlib.metadata.version("transformers")
+        raise MissingPackageError(f"rope types: expected transformers 5.6 or newer, found {found}") from error
 
     for name in REGISTERED_TYPES:
         ROPE_INIT_FUNCTIONS.setdefault(name, frequencies_of)

@@ -59,6 +59,10 @@ def expect_arguments(front_end: str, name: str, function: Callable[..., Any], fi
         raise PatchError(f"{front_end} {installed(front_end)}", f"{name}({', '.join(first)}, ...)", ", ".join(found))
 
 
+def absent() -> None:
+    """Stand for a function that is not there, which has none of the arguments that are expected of it."""
+
+
 def installed(package: str) -> str | None:
     """Return the version of a package, or None where it is not installed."""
     try:

@@ -34,6 +34,7 @@ def apply() -> str:
 
     Raises:
         PatchError: a transformers whose methods have other arguments than are known here; nothing is changed then.
+        MissingPackageError: a transformers before 5; the same.
     """
     from transformers import PreTrainedModel
 
@@ -45,9 +46,9 @@ def apply() -> str:
         expect_arguments("transformers", "PreTrainedModel", init, ["self", "config"])
         known = ["cls", "pretrained_model_name_or_path"]
         expect_arguments("transformers", "from_pretrained", from_pretrained, known)
+        register_rope_types()
         _replaced.put(PreTrainedModel, "__init__", _init(init))
         _replaced.put(PreTrainedModel, "from_pretrained", classmethod(_from_pretrained(from_pretrained)))
-    register_rope_types()
     apply_rotary.replace_imported()
     return (
         "transformers: GPTQ checkpoints load with ropewalk; rope types partial-ntk, ntk-by-parts and ntk registered; "

@@ -282,7 +282,8 @@ def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}
         plain: dict[str, torch.Tensor] = {}
         linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        linear -= {n for n in linear if n.endswith(("lm_head", "shared_expert_gate"))}
+        # A router is a Linear of its own in transformers 4, with which AutoGPTQ runs.
+        linear -= {n for n in linear if n.endswith(("lm_head", "shared_expert_gate", ".gate"))}
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in to_hub(model.state_dict(), config).items():
             layer, _, kind = name.rpartition(".")

@@ -36,6 +36,7 @@ def main():
         logits = model(load_file(ids)["ids"], use_cache=False).logits.float()
     save_file({"logits": logits.contiguous()}, out)
     kinds = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")})
+    assert not [name for name in sys.modules if name.partition(".")[0] == "ropewalk"]
     print(f"{program}: {len(packed)} linear layers, packed ones of {kinds}")
 
 

@@ -1,5 +1,6 @@
 """`ropewalk.load`: the model computes what the same weights compute dequantized in plain transformers."""
 
+import importlib.util
 import json
 import logging
 
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ropewalk
-from ropewalk.errors import UsageError
+from ropewalk.errors import MissingPackageError, UsageError
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rotary import RopewalkRotaryEmbedding
 
@@ -262,3 +263,14 @@ def test_patched_from_pretrained_leaves_other_models_alone(tmp_path, make_plain,
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
     with pytest.raises(OSError, match="no-such-folder"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "no-such-folder")
+
+
+@pytest.mark.parametrize(("front_end", "package"), [("auto_gptq", "auto-gptq"), ("gptqmodel", "gptqmodel")])
+def test_a_front_end_that_is_not_installed(front_end, package):
+    if importlib.util.find_spec(front_end):
+        pytest.skip(f"{front_end} is installed")
+    with pytest.raises(MissingPackageError, match=f"patch: expected the package {package}.*No module named"):
+        ropewalk.patch(front_end)
+    ropewalk.unpatch(front_end)
+    found = {status["front_end"]: status for status in ropewalk.patches.statuses()}
+    assert (found[front_end]["version"], found[front_end]["applied"]) == (None, False)
