@@ -31,6 +31,7 @@ _ONE_FOR_ALL = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "q
 # Beyond these, computing would take all memory or overflow; ten times what there is.
 _LARGEST_HEAD = 1 << 14
 _MOST_POSITIONS = 1 << 30
+_LLAMA_2 = 4096  # its context, the longest that linear scaling started from in 2023
 
 BY_PARTS_NOTE = (
     "ntk-by-parts is the formula of the YaRN paper (section 3.2); the formula of July 2023 is called partial-ntk"
@@ -249,6 +250,30 @@ def _lengths(config: Mapping[str, Any]) -> tuple[int, int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_POSITIONS:
             raise RopeError(f"{name}: expected a positive number of positions, found {_short(value)}")
     return original or longest, longest
+
+
+def context_length(config: Any) -> int:
+    """Return how many positions a model is made for.
+
+    `max_position_embeddings` is that in the configs of most, and the length before scaling in those that transformers
+    asked for in 2023 and for yarn still does. A config that names the original length tells which of the two it is.
+    One with linear scaling need not; what is longer than Llama 2's own 4096 is scaled already then.
+
+    Args:
+        config: of a transformers model.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
+    if longest is None:
+        return 2048
+    stated = getattr(config, "rope_parameters", None) or {}
+    factor = stated.get("factor") if isinstance(stated, Mapping) else None
+    if not isinstance(factor, (int, float)) or factor <= 1:
+        return int(longest)
+    original = stated.get("original_max_position_embeddings")
+    original = original or getattr(config, "original_max_position_embeddings", None)
+    if original is None and stated.get("rope_type") == "linear" and longest > _LLAMA_2:
+        return int(longest)
+    return int(max(longest, factor * (original or longest)))
 
 
 def _notes(rope_type: str) -> tuple[str, ...]:

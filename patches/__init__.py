@@ -16,7 +16,7 @@ from ropewalk.errors import UsageError
 log = logging.getLogger("ropewalk")
 
 # Each is a module here.
-FRONT_ENDS = ("transformers",)
+FRONT_ENDS = ("transformers", "webui")
 
 
 def patch(*front_ends: str) -> None:

@@ -13,7 +13,7 @@ import ropewalk
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Lowest first. A module may import from its own floor and those below; `errors` lies under them all.
+# Lowest first. A module may import from its own floor and those below; `errors` and `templates` lie under them all.
 FLOORS = [("rope", "gptq", "cpu"), ("loader",), ("patches",), ("bench",), ("face",)]
 FOLDERS = {
     "kernels/rope": "rope",
@@ -41,7 +41,7 @@ def floor_of(module):
     parts = module.split(".")
     if parts[0] != "ropewalk":
         return None
-    if len(parts) == 1 or parts[1] == "errors" or parts[1] == "__version__":
+    if len(parts) == 1 or parts[1] in ("errors", "templates", "__version__"):
         return None
     return parts[1] if parts[1] in {"rope", "gptq", "cpu", "loader", "patches", "bench"} else "face"
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "our kernels against others found here, in one run",
     "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
     "tune": "find the fastest plans for the GPU that is here, and keep them",
+    "webui": "our loader in text-generation-webui: install, uninstall, run",
     "doctor": "what is installed here, and what will be used",
 }
 

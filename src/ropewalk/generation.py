@@ -37,8 +37,9 @@ class Generation:
 
 def context_length(model: Any) -> int:
     """Return how many positions the model was made for."""
-    config = model.config
-    return getattr(config, "max_position_embeddings", None) or config.max_seq_len  # MPT has the latter
+    from ropewalk.loader import rope
+
+    return rope.context_length(model.config)
 
 
 def generate(

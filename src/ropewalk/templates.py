@@ -2,10 +2,13 @@
 
 Each turns a system text and a user's text into the prompt that the model was trained on; the tokenizer puts
 the <s> before it. Where a tokenizer has a chat template of its own, `apply(…, "auto")` uses that.
+
+Like `ropewalk.errors` this module stands below all floors of the house, so that a front end's patch may read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +17,44 @@ from ropewalk.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True)
 class Template:
-    """One format: `form` with {system} and {user} in it, the system text by default, and strings that end a turn."""
+    """The format of a conversation.
+
+    Attributes:
+        form: its first turn, up to where the answer begins, with {system} and {user} in it.
+        system: the system text by default.
+        user, assistant: the part of `form` that begins what the user says, and the one that begins the answer.
+        end: what stands between an answer and the next `user`.
+        stop: strings that end an answer.
+    """
 
     form: str
     system: str
+    user: str
+    assistant: str
+    end: str
     stop: tuple[str, ...] = ()
+
+    @property
+    def opening(self) -> str:
+        """The part of `form` before the first `user`, with {system} in it."""
+        return self.form[: self.form.index("{user}") - len(self.user)]
+
+    @property
+    def turn(self) -> str:
+        """The rest of `form`, from `user` on: what every turn looks like."""
+        return self.form[len(self.opening) :]
+
+    def conversation(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
+        """Return the prompt of a whole conversation.
+
+        Args:
+            turns: (what the user said, what was answered) for each, None for the answer that is wanted.
+            system: the system text, in place of the template's own.
+        """
+        text = self.opening.format(system=self.system if system is None else system)
+        for number, (user, answer) in enumerate(turns):
+            text += (self.end if number else "") + self.turn.format(user=user) + (answer or "")
+        return text
 
 
 _AIROBOROS = (
@@ -30,28 +66,50 @@ _VICUNA = (
     "and polite answers to the user's questions."
 )
 
+_COLON = ("USER: ", "ASSISTANT:", "</s>", ("USER:",))
+
 TEMPLATES = {
-    "airoboros": Template("{system} USER: {user} ASSISTANT:", _AIROBOROS, ("USER:",)),
-    "airoboros-2.1": Template("{system}\nUSER: {user}\nASSISTANT:", "A chat.", ("USER:",)),
-    "vicuna-1.1": Template("{system} USER: {user} ASSISTANT:", _VICUNA, ("USER:",)),
+    "airoboros": Template("{system} USER: {user} ASSISTANT:", _AIROBOROS, *_COLON),
+    "airoboros-2.1": Template("{system}\nUSER: {user}\nASSISTANT:", "A chat.", *_COLON),
+    "vicuna-1.1": Template("{system} USER: {user} ASSISTANT:", _VICUNA, *_COLON),
     "orca-8k": Template(
         "<|system|>{system}</s><|prompter|>{user}</s><|assistant|>",
         "You are an AI assistant. You will be given a task. You must generate a detailed and long answer.",
+        user="<|prompter|>",
+        assistant="<|assistant|>",
+        end="</s>",
     ),
-    "llama-2": Template("[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]", "You are a helpful assistant."),
+    # The first turn has its [INST] before the system text.
+    "llama-2": Template(
+        "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]",
+        "You are a helpful assistant.",
+        user="",
+        assistant="[/INST]",
+        end=" </s><s>[INST] ",
+    ),
     "alpaca": Template(
         "{system}\n\n### Instruction:\n{user}\n\n### Response:\n",
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-        ("### Instruction:",),
+        user="### Instruction:\n",
+        assistant="### Response:\n",
+        end="\n\n",
+        stop=("### Instruction:",),
     ),
     # bagel's ChatML has <s> and </s> in place of <|im_start|> and <|im_end|>.
     "bagel-chat-ml": Template(
-        "system\n{system}\n</s><s>user\n{user}\n</s><s>assistant\n", "You are a helpful assistant."
+        "system\n{system}\n</s><s>user\n{user}\n</s><s>assistant\n",
+        "You are a helpful assistant.",
+        user="user\n",
+        assistant="assistant\n",
+        end="\n</s><s>",
     ),
     "chat-ml": Template(
         "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
         "You are a helpful assistant.",
-        ("<|im_end|>",),
+        user="<|im_start|>user\n",
+        assistant="<|im_start|>assistant\n",
+        end="<|im_end|>\n",
+        stop=("<|im_end|>",),
     ),
 }
 
@@ -93,7 +151,7 @@ def apply(
     if template not in TEMPLATES:
         raise UsageError(f"--template: expected auto or one of {_names()}, found {template!r}")
     chosen = TEMPLATES[template]
-    return chosen.form.format(system=chosen.system if system is None else system, user=user), list(chosen.stop)
+    return chosen.conversation([(user, None)], system), list(chosen.stop)
 
 
 def closed_context(instruction: str, documents: list[tuple[dict[str, str], str]]) -> str:
