@@ -53,7 +53,7 @@ def load_model(original: Any) -> Any:
             _webui("logging_colors").logger.error(f'Failed to load "{model_name}": {error}')
             if shared.generation_lock is None:
                 return None, None  # webui is starting: its page is of more use than a traceback
-            raise
+            raise error.with_traceback(None) from None  # whose frames hold what had been read
 
     return load_model
 
@@ -103,7 +103,8 @@ def _load(model_name: str) -> tuple[Any, Any]:
 def describe(model: Any, length: int) -> str:
     """Return one line on the rotary embedding and the context of a model."""
     parameters = getattr(model.config, "rope_parameters", None) or {"rope_type": "none"}
-    shown = ", ".join(f"{key} {value}" for key, value in parameters.items() if key != "rope_type")
+    numbers = {key: value for key, value in parameters.items() if isinstance(value, (int, float))}
+    shown = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
     return f"rope {parameters.get('rope_type', 'per layer')}{f' ({shown})' if shown else ''}, context {length}"
 
 

@@ -57,6 +57,7 @@ def _create_ui(original: Any) -> Any:
                     elements[name] = gr.Slider(label=label, minimum=0, maximum=256, step=1, value=value, info=text)
                 else:
                     elements[name] = gr.Textbox(label=label, value=value, info=text)
+        elements["ctx_size"].info += f" {NAME}: 0 = what the model was made for."
         column.parent = above  # entering it again has made the whole tab its parent
         elements[LORAS] = elements["lora_menu"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import runpy
 import sys
@@ -75,5 +76,6 @@ def _run_server(server: Path, arguments: list[str]) -> None:
     os.chdir(folder)
     sys.path.insert(0, os.getcwd())
     sys.argv = [server.name, *arguments]
+    logging.getLogger().handlers.clear()  # the command's own; webui has its own, and each line would come twice
     start.hook()
     runpy.run_path(server.name, run_name="__main__")

@@ -1,0 +1,683 @@
+"""text-generation-webui: the patch, the extension and the command, on a stand-in for the modules that they touch.
+
+`tests/webui_stand_in` is ours and small; with ROPEWALK_WEBUI=FOLDER its functions are compared with those of a real
+webui. `make webui-browser` drives the real one.
+"""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ropewalk
+from ropewalk.cli import main
+from ropewalk.errors import CheckpointError, HeaderError, MissingFileError, PatchError, UsageError
+from ropewalk.patches import webui
+from ropewalk.patches.webui import known, loading, options, start
+from ropewalk.templates import TEMPLATES
+from ropewalk.webui import install
+from ropewalk.webui.template import jinja
+
+ROOT = Path(__file__).resolve().parents[1]
+STAND_IN = ROOT / "tests/webui_stand_in"
+REAL = os.environ.get("ROPEWALK_WEBUI")
+IDS = torch.arange(3, 40)[None]
+README = (ROOT / "README.md").read_text().partition("### text-generation-webui\n")[2].partition("\n##")[0]
+
+
+@pytest.fixture
+def folder(tmp_path, shipped):
+    """Return the folder of a webui, as far as the stand-in is one, with the small model in it."""
+    copy = tmp_path / "webui"
+    shutil.copytree(STAND_IN, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("models", "loras", "extensions", "instruction-templates"):
+        (copy / "user_data" / name).mkdir(parents=True)
+    (copy / "extensions").mkdir()
+    shutil.copytree(shipped, copy / "user_data/models/strand")
+    return copy
+
+
+@pytest.fixture
+def modules(folder, monkeypatch):
+    """Return webui's modules, imported as server.py would; all is as it was afterwards."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["server.py"])
+    monkeypatch.syspath_prepend(str(folder))
+    names = ("shared", "utils", "loaders", "models_settings", "models", "LoRA", "ui_model_menu", "sampler_hijack")
+    found = SimpleNamespace(**{name: __import__(f"modules.{name}", fromlist=["x"]) for name in names})
+    found.shared.generation_lock = object()
+    yield found
+    webui.revert()
+    for name in [n for n in sys.modules if n == "gradio" or n.partition(".")[0] in ("modules", "extensions")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def patched(modules):
+    webui.apply()
+    return modules
+
+
+def everything(modules):
+    """Return all that webui's modules hold, and what is in their tables and arguments."""
+    shared, loaders = modules.shared, modules.loaders
+    held = {(m.__name__, name): id(value) for m in vars(modules).values() for name, value in vars(m).items()}
+    tables = {name: {k: sorted(v) for k, v in getattr(loaders, name).items()} for name in known.TABLES}
+    arguments = [dict(vars(n)) for n in (shared.args, shared.original_args, shared.args_defaults)]
+    return held, tables, arguments, loaders.get_all_params(), loaders.list_all_samplers()
+
+
+def test_applied_once_and_taken_back(modules):
+    before = everything(modules)
+    line = webui.apply()
+    assert "loader Ropewalk added" in line
+    after = everything(modules)
+    assert webui.apply() == line
+    assert everything(modules) == after
+    assert webui.status()["applied"]
+    changed = {name for name in before[0] if before[0][name] != after[0].get(name)}
+    assert changed == {
+        *((f"modules.{m}", "load_model") for m in ("models", "ui_model_menu")),
+        *((f"modules.{m}", "get_model_metadata") for m in ("models", "models_settings", "ui_model_menu")),
+        ("modules.models_settings", "infer_loader"),
+        ("modules.LoRA", "add_lora_transformers"),
+        ("modules.loaders", "list_model_elements"),
+        ("modules.shared", "fix_loader_name"),
+        *(("modules.ui_model_menu", name) for name in known.PAGE),
+    }
+    late = sys.modules["modules.late"] = type(sys)("modules.late")
+    late.load_model = modules.models.load_model  # a module that was imported while ours was there
+    assert webui.revert() == "text-generation-webui: as it was"
+    assert everything(modules) == before
+    assert id(late.load_model) == before[0]["modules.models", "load_model"]
+    assert not webui.status()["applied"]
+
+
+def test_the_page_is_patched_when_it_is_imported(modules):
+    del sys.modules["modules.ui_model_menu"]
+    webui.apply()
+    menu = __import__("modules.ui_model_menu", fromlist=["x"])
+    assert menu.load_model is modules.models.load_model
+    assert "progress" in menu.load_model_wrapper.__code__.co_varnames
+    finders = list(sys.meta_path)
+    webui.revert()
+    assert "progress" not in menu.load_model_wrapper.__code__.co_varnames
+    assert len(sys.meta_path) <= len(finders)
+
+
+def test_an_unknown_webui_is_left_alone(modules):
+    before = everything(modules)
+    modules.models_settings.infer_loader = lambda folder, settings: None
+    with pytest.raises(PatchError, match=r"modules\.models_settings\.infer_loader\(model_name, .*found folder, settin"):
+        webui.apply()
+    modules.models_settings.infer_loader = None
+    with pytest.raises(PatchError, match=r"a function modules\.models_settings\.infer_loader, found none"):
+        webui.apply()
+    webui.revert()
+    assert {k: v for k, v in everything(modules)[0].items() if k[1] != "infer_loader"} == {
+        k: v for k, v in before[0].items() if k[1] != "infer_loader"
+    }
+    assert everything(modules)[1:] == before[1:]
+
+
+def test_outside_webui():
+    with pytest.raises(PatchError, match="expected a process that runs it"):
+        webui.apply()
+    with pytest.raises(PatchError):
+        ropewalk.patch("webui")
+    assert webui.status() == {
+        "package": "text-generation-webui",
+        "version": None,
+        "tested": known.TESTED,
+        "applied": False,
+    }
+
+
+def test_the_version_is_what_git_says(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert webui.status()["version"] == "of an unknown version"
+    (folder / ".git/refs/heads").mkdir(parents=True)
+    (folder / ".git/HEAD").write_text("ref: refs/heads/main\n")
+    (folder / ".git/refs/heads/main").write_text("1234567890\n")
+    assert webui.status()["version"] == "12345678"
+    (folder / ".git/packed-refs").write_text("# pack-refs with: peeled\n1234567890 refs/tags/v4.7.3\n")
+    assert webui.status()["version"] == "4.7.3"
+
+
+def test_a_packed_folder_chooses_the_loader(patched, make_checkpoint, make_plain):
+    models = Path("user_data/models")
+    infer = patched.models_settings.infer_loader
+    make_checkpoint(models / "in-config", config_in="config.json")
+    make_checkpoint(models / "unsaid")
+    (models / "unsaid/quantize_config.json").unlink()
+    (models / "of-2023").mkdir()
+    (models / "of-2023/config.json").write_text("{}")
+    (models / "of-2023/model-4bit-128g.pt").write_bytes(b"")
+    for name in ("strand", "in-config", "unsaid", "of-2023"):
+        assert patched.models_settings.get_model_metadata(name)["loader"] == "Ropewalk", name
+    (models / "plain").mkdir()
+    make_plain(models / "plain")
+    (models / "awq").mkdir()
+    (models / "awq/config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    (models / "gguf").mkdir()
+    (models / "gguf/model.gguf").write_bytes(b"")
+    assert [infer(name, {}) for name in ("plain", "awq", "gguf", "no-such")] == [
+        *("Transformers", "Transformers", "llama.cpp"),
+        None,
+    ]
+
+
+def load(modules, name="strand", loader=None):
+    modules.models.unload_model()
+    modules.shared.model, modules.shared.tokenizer = modules.models.load_model(name, loader)
+    return modules.shared.model
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def test_loads_unloads_and_loads_again(patched, shipped):
+    shared = patched.shared
+    expected = logits(ropewalk.load(shipped)[0])
+    model = load(patched)
+    assert shared.args.loader == "Ropewalk"
+    assert torch.equal(logits(model), expected)
+    assert shared.tokenizer("In the beginning")["input_ids"]
+    assert shared.settings["truncation_length"] == 1024
+    assert patched.sampler_hijack.calls == ["hijacked"]
+    assert shared.args.cpu == (not torch.cuda.is_available())
+    gone = weakref.ref(model)
+    del model
+    patched.models.unload_model(keep_model_name=True)
+    assert gone() is None  # nothing of ours holds it
+    patched.models.reload_model()
+    assert torch.equal(logits(shared.model), expected)
+
+
+def test_other_loaders_stay_webuis(patched):
+    model = load(patched, loader="Transformers")
+    assert type(model).__name__ == "Theirs"
+    assert patched.shared.args.loader == "Transformers"
+    patched.LoRA.add_lora_to_model(["style"])
+    assert patched.shared.lora_names == ["theirs", "style"]
+    assert list(patched.ui_model_menu.load_lora_wrapper([])) == ["applied"]
+    assert patched.ui_model_menu.update_truncation_length(77, {}) == 77
+    assert list(patched.ui_model_menu.load_model_wrapper("strand", "Transformers", autoload=True)) == ["loaded"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "context", "rope"),
+    [
+        ({}, 1024, "partial-ntk"),
+        ({"ctx_size": 512}, 512, "partial-ntk"),
+        ({"rope": "linear:4"}, 1024, "linear"),
+        ({"rope": "none"}, 256, "default"),
+        ({"rope": "yarn:factor=8,original=256"}, 2048, "yarn"),
+    ],
+)
+def test_prompts_are_truncated_to_what_the_rope_gives(patched, settings, context, rope):
+    shared = patched.shared
+    metadata = patched.models_settings.get_model_metadata("strand")
+    patched.models_settings.update_model_parameters(metadata)
+    assert shared.args.ctx_size == 0
+    for name, value in settings.items():
+        setattr(shared.args, name, value)
+    model = load(patched)
+    assert model.config.rope_parameters["rope_type"] == rope
+    assert shared.settings["truncation_length"] == context
+    assert patched.ui_model_menu.update_truncation_length(8192, {}) == context
+
+
+def test_settings_kept_for_a_model_count(patched):
+    patched.shared.user_config["strand"] = {"rope": "none", "ctx_size": 128}
+    metadata = patched.models_settings.get_model_metadata("strand")
+    assert metadata["truncation_length_info"] == 256
+    patched.models_settings.update_model_parameters(metadata)
+    load(patched)
+    assert patched.shared.settings["truncation_length"] == 128
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+def test_a_faulty_model_is_refused(patched):
+    truncate(Path("user_data/models/strand/model.safetensors"))
+    with pytest.raises(CheckpointError, match="the file is truncated"):
+        load(patched)
+    assert (patched.shared.model, patched.shared.model_name) == (None, "None")
+    with pytest.raises(MissingFileError, match="expected a folder with a model, found nothing of this name"):
+        load(patched, "no-such", "Ropewalk")
+    patched.shared.generation_lock = None  # while webui starts, its page comes up all the same
+    assert patched.models.load_model("strand") == (None, None)
+
+
+def test_a_model_without_a_tokenizer_is_refused(patched):
+    Path("user_data/models/strand/tokenizer.json").unlink()
+    with pytest.raises(MissingFileError, match="expected a tokenizer"):
+        load(patched)
+
+
+@pytest.fixture
+def adapters(patched, shipped):
+    """Write three adapters for the small model, the last one damaged."""
+    peft = pytest.importorskip("peft")
+    for number, name in enumerate(("style", "tone", "damaged")):
+        config = peft.LoraConfig(r=2 + number, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(ropewalk.load(shipped)[0], config)
+        torch.manual_seed(number)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(f"user_data/loras/{name}")
+    truncate(Path("user_data/loras/damaged/adapter_model.safetensors"))
+    return patched
+
+
+def test_loras_come_add_up_and_go(adapters):
+    modules, shared = adapters, adapters.shared
+    bare = logits(load(modules))
+
+    def with_loras(*names):
+        modules.LoRA.add_lora_to_model(list(names))
+        assert shared.lora_names == [name for name in names if name != "None"]
+        return logits(shared.model)
+
+    style, tone, both = with_loras("style"), with_loras("tone"), with_loras("style", "tone")
+    assert not any(torch.equal(a, b) for a, b in ((style, bare), (tone, bare), (both, style), (both, tone)))
+    assert torch.equal(with_loras("None"), bare)
+    assert torch.equal(with_loras("style"), style)
+    shared.args.loras = ["style"]  # with the model
+    assert torch.equal(logits(load(modules)), style)
+    assert shared.lora_names == ["style"]
+    gone = weakref.ref(shared.model)
+    modules.models.unload_model()
+    assert gone() is None
+
+
+def test_a_faulty_lora_leaves_the_model(adapters):
+    bare = logits(load(adapters))
+    with pytest.raises((HeaderError, CheckpointError)):
+        adapters.LoRA.add_lora_to_model(["damaged"])
+    assert adapters.shared.lora_names == []
+    assert torch.equal(logits(adapters.shared.model), bare)
+    said = list(adapters.ui_model_menu.load_lora_wrapper(["damaged"]))
+    assert said[-1].startswith("Failed to apply the LoRAs: user")
+    assert "Traceback" not in said[-1]
+    with pytest.raises(MissingFileError, match="expected a folder with a PEFT adapter"):
+        adapters.LoRA.add_lora_to_model(["no-such"])
+    assert list(adapters.ui_model_menu.load_lora_wrapper(["style"]))[-1] == "Successfully applied the LoRAs: style."
+
+
+def test_the_page_has_our_options(patched):
+    menu, elements = patched.ui_model_menu, patched.shared.gradio
+    menu.create_ui()
+    column = elements["ctx_size"].parent
+    assert [elements[name].parent for name in options.OURS] == [column] * len(options.OURS)
+    assert column.parent.label == "Model"
+    assert elements["rope"].value == "auto"
+    assert elements["cpu_mode"].rest["choices"] == ["int8", "exact"]
+    assert elements["loras"] is elements["lora_menu"]
+    assert elements["ctx_size"].info.endswith("Ropewalk: 0 = what the model was made for.")
+    assert set(patched.loaders.loaders_and_params["Ropewalk"]) <= set(elements)
+    assert set(patched.loaders.loaders_and_params["Ropewalk"]) <= set(patched.loaders.get_all_params())
+    assert set(options.OURS) <= set(patched.loaders.list_model_elements())
+
+
+def test_the_page_tells_how_far_loading_is_and_what_went_wrong(patched):
+    gradio, wrapper = sys.modules["gradio"], patched.ui_model_menu.load_model_wrapper
+    assert next(wrapper("strand", "Ropewalk")).startswith("strand: 1024")
+    progress = gradio.Progress()
+    said = list(wrapper("strand", "Ropewalk", progress, autoload=True))
+    assert said[0] == "Loading strand..."
+    assert said[-1].startswith("Successfully loaded strand.\n\n- rope partial-ntk (rope\\_theta 10000, factor 4, ")
+    shares = [share for share, _ in progress.told]
+    assert shares == sorted(shares) and len(shares) > 3 and shares[-1] == 1
+    assert progress.told[-1][1] == "Loading 4.0 MB of 4.0 MB"
+    patched.shared.args.rope = "linear:0"
+    failed = list(wrapper("strand", "Ropewalk", progress, autoload=True))[-1]
+    assert failed == "Failed to load strand: factor: expected a number above 0, found 0"
+    patched.shared.args.rope = "auto"
+    truncate(Path("user_data/models/strand/model.safetensors"))
+    failed = list(wrapper("strand", "Ropewalk", progress, autoload=True))[-1]
+    assert "the file is truncated" in failed and "Traceback" not in failed
+    assert (patched.shared.model, patched.shared.model_name) == (None, "None")
+
+
+def test_an_unexpected_error_is_a_sentence_in_the_page(patched, monkeypatch):
+    monkeypatch.setattr("ropewalk.loader.load.load", lambda *a, **k: 1 / 0)
+    said = list(patched.ui_model_menu.load_model_wrapper("strand", "Ropewalk", autoload=True))
+    assert said[-1] == ("Failed to load strand: unexpected ZeroDivisionError: division by zero (the log shows where)")
+
+
+DEFAULTS = {
+    "rope": "auto",
+    "cpu_mode": "int8",
+    "device_map": "",
+    "cpu_layers": 0,
+    "gpu_split": None,
+    "cpu_memory": 0,
+    "cpu": False,
+    "bf16": False,
+    "load_in_4bit": False,
+    "attn_implementation": "sdpa",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        ({"rope": "", "cpu_mode": "exact"}, {"cpu_mode": "exact"}),
+        ({"cpu": True, "gpu_split": "20"}, {"device_map": "cpu"}),
+        ({"device_map": " cuda:1 "}, {"device_map": "cuda:1"}),
+        ({"device_map": '{"": "cpu"}'}, {"device_map": {"": "cpu"}}),
+        (
+            {"gpu_split": "20,7.5", "cpu_memory": 30.0},
+            {"device_map": "auto", "max_memory": {0: "20GiB", 1: "7.5GiB", "cpu": "30GiB"}},
+        ),
+        ({"bf16": True, "load_in_4bit": True}, {"dtype": "bfloat16", "load_in_4bit": True}),
+        ({"cpu_layers": 3}, {"device_map": "cpu-layers:3"}),
+    ],
+)
+def test_webuis_options_are_ours(given, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = loading._options(SimpleNamespace(**{**DEFAULTS, **given}))
+    assert found == {"rope": "auto", "cpu_mode": "int8", "attn_implementation": "sdpa", **expected}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpu_split": "20,x"}, "gpu-split: expected sizes in GiB such as 20,7, found 'x'"),
+        ({"gpu_split": "-1"}, "found '-1'"),
+        ({"device_map": '{"a"'}, "device_map: expected a JSON object"),
+        ({"cpu": True, "device_map": "auto"}, "since cpu is chosen, found 'auto'"),
+        ({"cpu_layers": 2, "device_map": "auto"}, "cpu_layers: expected neither device_map nor memory sizes"),
+    ],
+)
+def test_options_that_cannot_be(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        loading._options(SimpleNamespace(**{**DEFAULTS, **given}))
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_json(capsys, *arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def pth(tmp_path, monkeypatch):
+    """Have the .pth file elsewhere than in the environment of the tests."""
+    file = tmp_path / install.PTH
+    monkeypatch.setattr(install, "_pth", lambda: file)
+    return file
+
+
+def test_installing_leaves_no_trace_once_it_is_undone(folder, pth, capsys):
+    before = files_of(folder)
+    folders = {path for path in folder.rglob("*") if path.is_dir()}
+    done = run_json(capsys, "webui", "install", folder, "--at-start")
+    extension = folder / "user_data/extensions/ropewalk"
+    assert done["extension"] == str(extension)
+    assert done["at_start"] == str(pth) and pth.is_file()
+    assert {path.name for path in extension.iterdir()} == {"script.py", "requirements.txt", "settings.yaml"}
+    added = {folder / path for path in files_of(folder).keys() - before.keys()}
+    assert {Path(file) for file in done["files"]} == added | {pth}
+    assert len(list((folder / "user_data/instruction-templates").iterdir())) == len(TEMPLATES)
+    once = files_of(folder)
+    assert run_json(capsys, "webui", "install", folder, "--at-start") == done
+    assert files_of(folder) == once
+    (extension / "__pycache__").mkdir()  # as running it makes
+    (extension / "__pycache__/script.pyc").write_bytes(b"")
+    undone = run_json(capsys, "webui", "uninstall", folder)
+    assert undone["left"] == []
+    assert set(undone["removed"]) == set(done["files"])
+    assert files_of(folder) == before
+    assert {path for path in folder.rglob("*") if path.is_dir()} == folders
+    assert not pth.exists()
+    assert run_json(capsys, "webui", "uninstall", folder)["removed"] == []
+
+
+def test_what_is_not_ours_stays(folder, pth, capsys):
+    install.install(folder)
+    template = folder / "user_data/instruction-templates/Ropewalk-alpaca.yaml"
+    template.write_text("instruction_template: mine\n")
+    (folder / "user_data/extensions/ropewalk/notes.txt").write_text("mine")
+    (folder / "user_data/settings.yaml").write_text("default_extensions: [ropewalk]\n")
+    install.install(folder)
+    assert template.read_text() == "instruction_template: mine\n"
+    assert main(["webui", "uninstall", str(folder)]) == 0
+    left = capsys.readouterr().err
+    for text in ("Ropewalk-alpaca.yaml: was changed", "has files that ropewalk did not write", "name ropewalk"):
+        assert text in left
+    assert template.is_file()
+    assert [path.name for path in (folder / "user_data/extensions/ropewalk").iterdir()] == ["notes.txt"]
+
+
+def test_an_extension_of_somebody_else_is_not_touched(folder, capsys):
+    other = folder / "user_data/extensions/ropewalk"
+    other.mkdir()
+    (other / "script.py").write_text("theirs = True\n")
+    before = files_of(folder)
+    assert main(["webui", "install", str(folder)]) == 2
+    assert "expected nothing or an extension of ropewalk's, found another" in capsys.readouterr().err
+    assert files_of(folder) == before
+
+
+def test_a_portable_webui_has_its_data_beside_it(folder, pth):
+    shutil.move(folder / "user_data", folder.parent / "user_data")
+    done = install.install(folder)
+    assert done["extension"] == str(folder.parent / "user_data/extensions/ropewalk")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["install", "/no/such"], "/no/such: expected text-generation-webui (server.py and modules/shared.py), found"),
+        (["uninstall", "/no/such"], "/no/such: expected text-generation-webui"),
+        (["run", "/no/such/server.py", "--model", "x"], "expected the server.py of text-generation-webui, found none"),
+    ],
+)
+def test_where_there_is_no_webui(arguments, message, capsys):
+    assert main(["webui", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+ENVIRONMENT = {**os.environ, "ROPEWALK_CPU_MODE": "exact"}
+LOADED = {"loader": "Ropewalk", "model": "LlamaForCausalLM", "context": 1024}
+
+
+def server(command, folder, **environment):
+    """Run the stand-in's server.py; return what it says it has loaded, and what it has logged."""
+    done = subprocess.run(
+        command, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_the_launcher(folder):
+    command = [sys.executable, "-m", "ropewalk", "webui", "run", folder / "server.py"]
+    found, log = server([*command, "--loader", "ropewalk", "--model", "strand", "--rope", "linear:4"], folder.parent)
+    assert found.items() >= LOADED.items()
+    assert "rope linear" in log
+
+
+def test_the_launcher_on_an_unknown_webui(folder):
+    file = folder / "modules/models.py"
+    file.write_text(file.read_text().replace("def load_model(model_name, loader=None)", "def load_model(name, x=None)"))
+    command = [sys.executable, "-m", "ropewalk", "webui", "run", "server.py", "--loader", "Ropewalk"]
+    done = subprocess.run([*command, "--model", "strand"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "expected modules.models.load_model(model_name, loader, ...), found name, x" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def at_start(tmp_path, folder, pth):
+    """Return an interpreter whose environment is this one with the .pth file of --at-start in it."""
+    import venv
+
+    install.install(folder, at_start=True)
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    purelib = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    here = Path(sysconfig.get_path("purelib"))
+    (purelib / "a-rest.pth").write_text(f"import site; site.addsitedir({str(here)!r})\n")
+    shutil.copy(pth, purelib / install.PTH)
+    return environment / "bin/python"
+
+
+def test_at_start(folder, at_start):
+    """The command that the model's owner types, exactly."""
+    command = [at_start, "server.py", "--loader", "Ropewalk", "--model", "strand", "--extensions", "ropewalk"]
+    found, log = server(command, folder)
+    assert found.items() >= LOADED.items()
+    assert {"rope", "cpu_mode", "loras"} <= set(found["elements"])
+    assert log.count("loader Ropewalk added") == 1
+
+
+def test_at_start_costs_nothing_elsewhere(folder, at_start, tmp_path):
+    code = "import sys; print([m for m in sys.modules if m.startswith('ropewalk')])"
+    (tmp_path / "server.py").write_text(code)  # somebody else's
+    for command in (["-c", code], [tmp_path / "server.py"]):
+        done = subprocess.run([at_start, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert "ropewalk.patches.webui.loading" not in done.stdout or command[0] != "-c"
+    done = subprocess.run([at_start, "-c", code], capture_output=True, text=True, check=True)
+    assert not [name for name in ast.literal_eval(done.stdout) if name.startswith("ropewalk.")]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_extension_alone_and_as_a_clone(folder, installed, tmp_path):
+    """The repository in extensions/ropewalk, where ropewalk is installed and where it is only this clone."""
+    (folder / "extensions/ropewalk").symlink_to(ROOT)
+    command = [sys.executable, "server.py", "--extensions", "ropewalk"]
+    if not installed:
+        # Without site there are no .pth files, and so nothing of the editable install.
+        command[1:1] = ["-S"]
+    settings = "from modules import shared; shared.settings['ropewalk-model'] = 'strand'"
+    (folder / "modules/image_models.py").write_text(settings)
+    server_file = folder / "server.py"
+    server_file.write_text(
+        server_file.read_text().replace("import json\n", "import json\nimport modules.image_models\n")
+    )
+    found, log = server(command, folder, PYTHONPATH="" if installed else sysconfig.get_path("purelib"))
+    assert found["elements"]
+    assert found.items() >= LOADED.items()
+    assert "loader Ropewalk added" in log
+    written = list((folder / "user_data/instruction-templates").iterdir())
+    assert len(written) == len(TEMPLATES)
+    assert install.uninstall(folder)["left"] == [
+        f"{folder}/extensions/ropewalk: is a clone or a link that ropewalk did not make"
+    ]
+    assert not [path for path in written if path.exists()]
+
+
+def test_a_hook_is_taken_away():
+    before = list(sys.meta_path)
+    start.hook()
+    start.hook()
+    assert len(sys.meta_path) == len(before) + 1
+    start.unhook()
+    assert sys.meta_path == before
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_say_what_the_models_were_trained_on(name):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = TEMPLATES[name]
+    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja(template))
+    first = {"role": "user", "content": "Hello {you}"}
+    whole = compiled.render(messages=[first], add_generation_prompt=True)
+    assert whole == template.conversation([("Hello {you}", None)])
+    more = [first, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Why?"}]
+    said = compiled.render(messages=[{"role": "system", "content": "Be brief."}, *more], add_generation_prompt=True)
+    space = " " if template.turn.endswith((":", "]")) else ""
+    assert said == template.conversation([("Hello {you}", f"{space}Hi"), ("Why?", None)], system="Be brief.")
+    assert compiled.render(messages=more[:2], add_generation_prompt=False).endswith("Hi")
+
+
+def test_templates_are_files_that_webui_reads(folder):
+    yaml = pytest.importorskip("yaml")
+    install.put_templates(folder / "user_data")
+    for name, template in TEMPLATES.items():
+        file = folder / f"user_data/instruction-templates/Ropewalk-{name}.yaml"
+        assert yaml.safe_load(file.read_text()) == {"instruction_template": jinja(template)}
+    extension = Path(install.install(folder)["extension"])
+    settings = yaml.safe_load((extension / "settings.yaml").read_text())
+    assert settings["default_extensions"] == ["ropewalk"]
+    assert {f"ropewalk-{name}" for name in options.OURS} < set(settings)
+
+
+def test_the_recipe_of_the_readme(folder, at_start):
+    """Every command of the section runs as it stands, on the stand-in."""
+    commands = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+    commands = [shlex.split(line, comments=True) for line in commands]
+    tried = 0
+    for words in filter(None, commands):
+        words = [str(folder) if word == "DIR" else "strand" if word == "FOLDER" else word for word in words]
+        if words[:2] == ["ropewalk", "webui"]:
+            command = [sys.executable, "-m", *words]
+        elif words[:2] == ["python", "server.py"]:
+            command = [at_start, *words[1:]]
+        else:
+            assert words[0] in ("pip", "git", "make", "curl"), words
+            continue
+        command = [str(word) for word in command]
+        done = subprocess.run(
+            [word for word in command if word not in ("--at-start",)],
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, (words, done.stderr)
+        tried += 1
+    assert tried >= 4
+
+
+def functions(file):
+    """Return the functions of a file with their arguments."""
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            defaults = [ast.dump(value) for value in node.args.defaults]
+            found[node.name] = ([argument.arg for argument in node.args.args], defaults)
+    return found
+
+
+@pytest.mark.skipif(not REAL, reason="ROPEWALK_WEBUI=FOLDER names a webui to compare the stand-in with")
+@pytest.mark.parametrize("file", sorted(path.name for path in (STAND_IN / "modules").glob("*.py")))
+def test_the_stand_in_is_like_a_real_webui(file):
+    real = functions(Path(REAL, "modules", file))
+    for name, arguments in functions(STAND_IN / "modules" / file).items():
+        assert real[name] == arguments, f"{file}: {name}"
+    if file == "loaders.py":
+        tables = {
+            target.id
+            for node in ast.parse(Path(REAL, "modules", file).read_text()).body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+        }
+        assert set(known.TABLES) <= tables
