@@ -241,6 +241,20 @@ def test_prompts_are_truncated_to_what_the_rope_gives(patched, settings, context
     assert patched.ui_model_menu.update_truncation_length(8192, {}) == context
 
 
+def test_a_float_model_loads_where_it_is_asked_for(patched, make_plain, shipped):
+    folder = Path("user_data/models/plain")
+    folder.mkdir()
+    make_plain(folder)
+    shutil.copy(shipped / "tokenizer.json", folder)
+    shutil.copy(shipped / "tokenizer_config.json", folder)
+    patched.shared.args.loader = "Ropewalk"
+    before = patched.models_settings.get_model_metadata("plain")
+    assert (before["loader"], before["ctx_size"]) == ("Transformers", 128)  # webui's own, for its own loaders
+    model = load(patched, "plain", "Ropewalk")
+    assert model.config.rope_parameters["rope_type"] == "partial-ntk"
+    assert patched.shared.settings["truncation_length"] == 128
+
+
 def test_settings_kept_for_a_model_count(patched):
     patched.shared.user_config["strand"] = {"rope": "none", "ctx_size": 128}
     metadata = patched.models_settings.get_model_metadata("strand")

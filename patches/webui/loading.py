@@ -88,7 +88,7 @@ def _load(model_name: str) -> tuple[Any, Any]:
     _loaded.add(model)
     if not torch.cuda.is_available():
         shared.args.cpu = True  # as webui's own loader does; or LoRA and others would look for a GPU
-    longest = metadata.get("truncation_length_info") or context_length(model.config)
+    longest = _context(Path(source), shared.args.rope) or context_length(model.config)
     if adapters:
         model, shared.lora_names = _put_on(model, adapters), list(adapters)
     shared.settings.update({key: value for key, value in metadata.items() if key in shared.settings})
@@ -204,10 +204,9 @@ def get_model_metadata(original: Any) -> Any:
     @functools.wraps(original)
     def get_model_metadata(model: str) -> dict[str, Any]:
         found: dict[str, Any] = original(model)
-        shared = _webui("shared")
-        if NAME in (found.get("loader"), shared.args.loader):
+        if found.get("loader") == NAME:
             folder = Path(_webui("utils").resolve_model_path(model))
-            longest = _context(folder, str(found.get("rope") or shared.args.rope))
+            longest = _context(folder, str(found.get("rope") or _webui("shared").args.rope))
             if longest is not None:
                 if found["ctx_size"] == min(found["truncation_length_info"], 8192):
                     found["ctx_size"] = 0  # webui's own guess; for us 0 is all that the model has
@@ -241,7 +240,7 @@ def is_ours(model: Any) -> bool:
 
 
 def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's models have that
 
 
 def add_lora_transformers(original: Any) -> Any:
@@ -256,8 +255,9 @@ def add_lora_transformers(original: Any) -> Any:
         adapters = _adapters(lora_names)
         if list(adapters) == shared.lora_names:
             return
-        if hasattr(shared.model, "peft_config"):
+        if shared.model is not _base(shared.model):
             shared.model = shared.model.unload()
+            vars(shared.model).pop("peft_config", None)  # which PEFT before 0.19 leaves behind
         shared.lora_names = []
         if adapters:
             logger = _webui("logging_colors").logger
