@@ -545,6 +545,18 @@ def test_the_launcher_on_an_unknown_webui(folder):
     assert "Traceback" not in done.stderr
 
 
+def test_the_launcher_on_an_older_webui_that_imports_its_models_first(folder):
+    file = folder / "modules/shared.py"
+    file.write_text("import modules.models\n" + file.read_text())
+    file = folder / "modules/models.py"
+    file.write_text(file.read_text().replace("from modules.models_settings import get_model_metadata", ""))
+    command = [sys.executable, "-m", "ropewalk", "webui", "run", "server.py", "--loader", "Ropewalk"]
+    done = subprocess.run([*command, "--model", "strand"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.search(r"ropewalk: text-generation-webui .*: expected .*, found none; nothing was replaced", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def at_start(tmp_path, folder, pth):
     """Return an interpreter whose environment is this one with the .pth file of --at-start in it."""

@@ -25,6 +25,7 @@ SIGNATURES: dict[str, dict[str, list[str]]] = {
     "shared": {"fix_loader_name": ["name"]},
     "utils": {"resolve_model_path": ["model_name_or_path"]},
 }
+ATTRIBUTES = ("args", "original_args", "args_defaults", "provided_arguments", "settings", "gradio", "generation_lock")
 TABLES = {"loaders_and_params": "Transformers", "loaders_samplers": "Transformers"}
 # of the module ui_model_menu, which is there only where there is a page
 PAGE: dict[str, list[str]] = {
@@ -44,6 +45,9 @@ def check(modules: dict[str, Any]) -> None:
     for module, functions in SIGNATURES.items():
         for function, arguments in functions.items():
             expect_function(modules[module], function, arguments)
+    for name in ATTRIBUTES:
+        if not hasattr(modules["shared"], name):
+            raise PatchError(known_as(), f"modules.shared.{name}", "none")
     for table, key in TABLES.items():
         found = getattr(modules["loaders"], table, None)
         if not isinstance(found, dict) or key not in found:

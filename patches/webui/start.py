@@ -21,6 +21,7 @@ from ropewalk.patches.webui.watch import watch
 log = logging.getLogger("ropewalk")
 
 _ends: list[Callable[[], None]] = []
+_refused: list[PatchError] = []
 
 
 def hook() -> None:
@@ -63,7 +64,9 @@ def _parsing_our_arguments() -> Iterator[None]:
 
 def _shared_was_imported(shared: Any) -> None:
     """Take the loader's name from the arguments as they were given: webui has dropped the one it does not know."""
-    if options.is_ours(getattr(shared.original_args, "loader", None)):
+    if options.is_ours(getattr(getattr(shared, "original_args", None), "loader", None)):
+        if _refused:  # by then, as some webuis import their models first
+            raise SystemExit(f"ropewalk: {_refused[0]}")
         shared.args.loader = shared.original_args.loader = options.NAME
 
 
@@ -71,7 +74,7 @@ def _models_was_imported(_: Any) -> None:
     try:
         webui.apply()
     except PatchError as error:
-        shared: Any = sys.modules["modules.shared"]
-        print(f"ropewalk: {error}", file=sys.stderr)
-        if options.is_ours(shared.args.loader):
-            raise SystemExit(1) from None
+        _refused.append(error)
+        if options.is_ours(getattr(getattr(sys.modules["modules.shared"], "args", None), "loader", None)):
+            raise SystemExit(f"ropewalk: {error}") from None
+        log.warning("%s", error)

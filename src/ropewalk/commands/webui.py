@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from ropewalk.errors import MissingFileError
@@ -78,4 +79,8 @@ def _run_server(server: Path, arguments: list[str]) -> None:
     sys.argv = [server.name, *arguments]
     logging.getLogger().handlers.clear()  # the command's own; webui has its own, and each line would come twice
     start.hook()
-    runpy.run_path(server.name, run_name="__main__")
+    try:
+        runpy.run_path(server.name, run_name="__main__")
+    except Exception:  # webui's own, to be seen as if it had been run by itself
+        traceback.print_exc()
+        raise SystemExit(1) from None
