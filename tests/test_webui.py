@@ -264,6 +264,20 @@ def test_settings_kept_for_a_model_count(patched):
     assert patched.shared.settings["truncation_length"] == 128
 
 
+def test_a_models_name_chooses_its_template(patched, make_checkpoint):
+    name, models = "TheBloke_Airoboros-c34B-2.1-GPTQ", Path("user_data/models")
+    make_checkpoint(models / name)
+    metadata = patched.models_settings.get_model_metadata
+    assert metadata(name)["instruction_template"] == "Alpaca"  # ours are not there
+    install.put_templates(Path("user_data"))
+    found = metadata(name)
+    assert found["instruction_template"] == "Ropewalk-airoboros-2.1"
+    assert "A chat." in found["instruction_template_str"]
+    assert metadata("strand")["instruction_template"] == "Alpaca"
+    patched.shared.user_config[name] = {"instruction_template": "Alpaca"}  # the user's own choice
+    assert metadata(name)["instruction_template"] == "Alpaca"
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-500])
 

@@ -19,6 +19,7 @@ SIGNATURES: dict[str, dict[str, list[str]]] = {
     "models_settings": {
         "infer_loader": ["model_name", "model_settings", "hf_quant_method"],
         "get_model_metadata": ["model"],
+        "load_instruction_template": ["template"],
     },
     "LoRA": {"add_lora_transformers": ["lora_names"], "get_lora_path": ["lora_name"]},
     "loaders": {"list_model_elements": [], "get_all_params": [], "list_all_samplers": []},

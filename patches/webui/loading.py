@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from ropewalk.errors import MissingFileError, RopewalkError, UsageError
 from ropewalk.patches.webui.options import LORAS, NAME
+from ropewalk.templates import by_name
 
 # What is called with (bytes read, bytes in all) while a model loads; without one, a terminal shows a bar.
 _progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress", default=None)
@@ -211,9 +213,24 @@ def get_model_metadata(original: Any) -> Any:
                 if found["ctx_size"] == min(found["truncation_length_info"], 8192):
                     found["ctx_size"] = 0  # webui's own guess; for us 0 is all that the model has
                 found["truncation_length"] = found["truncation_length_info"] = longest
+            _choose_template(model, found)
         return found
 
     return get_model_metadata
+
+
+def _choose_template(model: str, found: dict[str, Any]) -> None:
+    """Have a model's name say how it is talked to, where neither the model nor the user does: webui takes Alpaca."""
+    shared, name = _webui("shared"), Path(model).name
+    chosen = by_name(name)
+    file = shared.user_data_dir / "instruction-templates" / f"{NAME}-{chosen}.yaml"
+    if found.get("instruction_template") != "Alpaca" or chosen is None or not file.is_file():
+        return
+    for pattern, settings in shared.user_config.items():
+        if re.match(pattern.lower(), name.lower()) and "instruction_template" in settings:
+            return
+    found["instruction_template"] = file.stem
+    found["instruction_template_str"] = _webui("models_settings").load_instruction_template(file.stem)
 
 
 def _context(folder: Path, rope: str) -> int | None:

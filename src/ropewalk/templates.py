@@ -8,6 +8,7 @@ Like `ropewalk.errors` this module stands below all floors of the house, so that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,11 +118,18 @@ TEMPLATES = {
 def apply(
     user: str, template: str | None, *, system: str | None = None, tokenizer: Any = None
 ) -> tuple[str, list[str]]:
+    """Return (prompt, stop strings) for one thing that a user says; the rest is as in `converse`."""
+    return converse([(user, None)], template, system=system, tokenizer=tokenizer)
+
+
+def converse(
+    turns: Sequence[tuple[str, str | None]], template: str | None, *, system: str | None = None, tokenizer: Any = None
+) -> tuple[str, list[str]]:
     """Return (prompt, stop strings).
 
     Args:
-        user: what the user says.
-        template: a name of `TEMPLATES`; "auto" for the tokenizer's own; None for the bare text.
+        turns: (what the user said, what was answered) for each, None for the answer that is wanted.
+        template: a name of `TEMPLATES`; "auto" for the tokenizer's own; None for the bare text, a turn a line.
         system: the system text, in place of the template's own.
         tokenizer: of transformers; needed for "auto".
 
@@ -132,15 +140,17 @@ def apply(
     if template is None:
         if system is not None:
             raise UsageError("--system: expected a --template to put it into, found none")
-        return user, []
+        return "\n".join(user + (answer or "") for user, answer in turns), []
     if template == "auto":
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 f"--template auto: expected a chat template in the tokenizer, found none; name one of {_names()}"
             )
-        messages = [{"role": "user", "content": user}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for user, answer in turns:
+            messages.append({"role": "user", "content": user})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
         try:
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # of jinja2, in whose sandbox transformers runs the template, or of the template
@@ -151,7 +161,34 @@ def apply(
     if template not in TEMPLATES:
         raise UsageError(f"--template: expected auto or one of {_names()}, found {template!r}")
     chosen = TEMPLATES[template]
-    return chosen.conversation([(user, None)], system), list(chosen.stop)
+    return chosen.conversation(turns, system), list(chosen.stop)
+
+
+# The first pattern found in a model's name says what it was trained with.
+_AIROBOROS_VERSION = re.compile(r"(?:airoboros|spicyboros).*?[-_]m?(?P<major>\d)[.p](?P<minor>\d)")
+_BY_NAME = (
+    (re.compile(r"spicyboros"), "airoboros-2.1"),
+    (re.compile(r"airoboros|airophin"), "airoboros"),
+    (re.compile(r"orca[-_]8k"), "orca-8k"),
+    (re.compile(r"llama-?2.*chat"), "llama-2"),
+    (re.compile(r"vicuna"), "vicuna-1.1"),
+    (re.compile(r"bagel"), "bagel-chat-ml"),
+    (re.compile(r"alpaca"), "alpaca"),
+)
+
+
+def by_name(model: str) -> str | None:
+    """Return which of `TEMPLATES` a model was trained with, as far as its name or path tells, or None."""
+    # A branch or a file may say nothing; then the folder does, or the one above it.
+    for name in reversed(re.split(r"[/\\]", model.lower())[-3:]):
+        version = _AIROBOROS_VERSION.search(name)
+        if version:
+            major, minor = int(version["major"]), int(version["minor"])
+            return "llama-2" if major >= 3 else "airoboros-2.1" if (major, minor) >= (2, 1) else "airoboros"
+        for pattern, template in _BY_NAME:
+            if pattern.search(name):
+                return template
+    return None
 
 
 def closed_context(instruction: str, documents: list[tuple[dict[str, str], str]]) -> str:

@@ -16,8 +16,15 @@ def get_model_metadata(model):
     longest = stated.get("max_position_embeddings")
     if longest:
         found.update(truncation_length=longest, truncation_length_info=longest, ctx_size=min(longest, 8192))
+    found["instruction_template"] = "Alpaca"
     found.update(shared.user_config.get(model, {}))
+    found["instruction_template_str"] = load_instruction_template(found["instruction_template"])
     return found
+
+
+def load_instruction_template(template):
+    file = shared.user_data_dir / "instruction-templates" / f"{template}.yaml"
+    return file.read_text() if file.is_file() else ""
 
 
 def infer_loader(model_name, model_settings, hf_quant_method=None):
