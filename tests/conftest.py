@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ropewalk.shipped import FOLDER
 
 # The bounds of the tests are those of exact arithmetic; what int8 activations cost has tests of its own.
 os.environ.setdefault("ROPEWALK_CPU_MODE", "exact")
+
+WEBUI = Path(__file__).parent / "webui_stand_in"
 
 # Whether Triton's interpreter runs the kernels of this process; that is settled when triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -365,3 +368,15 @@ def reference_model() -> Callable[..., Any]:
 def shipped() -> Path:
     """Return the folder of the model that ships with the package."""
     return FOLDER
+
+
+@pytest.fixture
+def webui_folder(tmp_path: Path, shipped: Path) -> Path:
+    """Return the folder of a webui, as far as the stand-in is one, with the small model in it."""
+    copy = tmp_path / "webui"
+    shutil.copytree(WEBUI, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("models", "loras", "extensions", "instruction-templates"):
+        (copy / "user_data" / name).mkdir(parents=True)
+    (copy / "extensions").mkdir()
+    shutil.copytree(shipped, copy / "user_data/models/strand")
+    return copy

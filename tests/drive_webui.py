@@ -196,7 +196,7 @@ class Page:
 
     def __init__(self, browser, webui, out):
         self._page = browser.new_page(viewport={"width": 1400, "height": 1100})
-        self._out, self._count = out, 0
+        self._out, self._count = out, len(list(out.glob("*.png")))
         self._page.goto(f"http://127.0.0.1:{webui.port}")
         expect(self._page.get_by_role("tab", name="Model", exact=True)).to_be_visible(timeout=60_000)
 
@@ -313,6 +313,16 @@ def drive(page, webui):
     check(webui.call("/internal/model/info")["model_name"] == "None", "unloaded in the page")
 
 
+def look_at_start(page, webui):
+    """See the page of a webui that has loaded a model with a LoRA before there was a page."""
+    check(webui.call("/internal/model/info")["lora_names"] == ["style"], "the LoRA of --lora is on")
+    page.tab("Model")
+    expect(page._page.get_by_label("Model loader")).to_have_value("Ropewalk")
+    expect(page._page.get_by_label(re.compile("^rope"))).to_have_value("partial-ntk:factor=4,original=256")
+    page.shot("started")
+    say("ok    the page shows what was given on the command line")
+
+
 def ropewalk(python, *arguments):
     done = subprocess.run([python, "-m", "ropewalk", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
@@ -369,7 +379,12 @@ def main():
             check_memory(webui)
         say("2  the launcher: ropewalk webui run server.py --loader Ropewalk --model strand")
         command = [python, "-m", "ropewalk", "webui", "run", "server.py", "--loader", "Ropewalk", "--model", "strand"]
-        with Webui(folder, [*command, "--nowebui"], out / "launcher.log") as webui:
+        command += ["--lora", "style", "--rope", "partial-ntk:factor=4,original=256"]
+        with Webui(folder, command, out / "launcher.log") as webui, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=args.chromium, args=FLAGS)
+            look_at_start(Page(browser, webui, out), webui)
+            browser.close()
+            webui.call("/internal/lora/unload", {})
             check_api(webui)
         say("3  at start: python server.py --loader Ropewalk --model strand --extensions ropewalk")
         ropewalk(python, "webui", "install", folder, "--at-start")

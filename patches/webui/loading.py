@@ -266,22 +266,35 @@ def add_lora_transformers(original: Any) -> Any:
     @functools.wraps(original)
     def add_lora_transformers(lora_names: list[str]) -> None:
         shared = _webui("shared")
+        starting = shared.generation_lock is None
+        if shared.model is None and starting and shared.args.loader == NAME:
+            return  # its model could not be loaded, which has been said
         if shared.model is None or not is_ours(shared.model):
             original(lora_names)
             return
-        adapters = _adapters(lora_names)
-        if list(adapters) == shared.lora_names:
-            return
-        if shared.model is not _base(shared.model):
-            shared.model = shared.model.unload()
-            vars(shared.model).pop("peft_config", None)  # which PEFT before 0.19 leaves behind
-        shared.lora_names = []
-        if adapters:
-            logger = _webui("logging_colors").logger
-            logger.info(f"Applying the following LoRAs to {shared.model_name}: {', '.join(adapters)}")
-            shared.model, shared.lora_names = _put_on(shared.model, adapters), list(adapters)
+        try:
+            _change_adapters(shared, lora_names)
+        except (RopewalkError, OSError) as error:
+            if not starting:
+                raise
+            _webui("logging_colors").logger.error(f"Failed to apply the LoRAs: {error}")
 
     return add_lora_transformers
+
+
+def _change_adapters(shared: Any, names: list[str]) -> None:
+    """Put exactly these adapters on `shared.model`; where that fails, it is left without any."""
+    adapters = _adapters(names)
+    if list(adapters) == shared.lora_names:
+        return
+    if shared.model is not _base(shared.model):
+        shared.model = shared.model.unload()
+        vars(shared.model).pop("peft_config", None)  # which PEFT before 0.19 leaves behind
+    shared.lora_names = []
+    if adapters:
+        logger = _webui("logging_colors").logger
+        logger.info(f"Applying the following LoRAs to {shared.model_name}: {', '.join(adapters)}")
+        shared.model, shared.lora_names = _put_on(shared.model, adapters), list(adapters)
 
 
 def _adapters(names: list[str]) -> dict[str, Path]:
