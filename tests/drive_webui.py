@@ -249,6 +249,23 @@ class Page:
             time.sleep(0.05)
         return lengths
 
+    def say_and_stop(self, text):
+        """Send a message and press Stop once some of the answer is there; return its length then and 3 s later."""
+        messages = self._page.locator("#chat .message-body")
+        before = messages.count()
+        box = self._page.locator("#chat-input textarea")
+        box.fill(text)
+        box.press("Enter")
+        # Stop means nothing to webui before the answer has begun.
+        expect(messages).to_have_count(before + 2, timeout=30_000)
+        answer = messages.last
+        expect(answer).to_have_text(re.compile(r"\w+ \w+ \w+"), timeout=30_000)
+        self._page.locator("button#stop:visible").first.click(timeout=30_000)  # it has several of that id
+        self._page.wait_for_timeout(1500)
+        length = len(answer.inner_text())
+        self._page.wait_for_timeout(3000)
+        return length, len(answer.inner_text())
+
 
 def drive(page, webui):
     """Choose, load, chat, fail, put a LoRA on, unload."""
@@ -263,6 +280,8 @@ def drive(page, webui):
     lengths = page.say(PROMPT)
     check(len(set(lengths)) > 5, f"the answer grows as it comes: {len(set(lengths))} lengths up to {max(lengths)}")
     page.shot("answered")
+    stopped, later = page.say_and_stop("In the beginning")
+    check(stopped == later < max(lengths) / 2, f"Stop stops it, at {stopped} characters")
     page.tab("Parameters")
     length = page._page.get_by_label("Truncate the prompt up to this length")
     expect(length).to_have_value("1024")
