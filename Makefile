@@ -8,6 +8,8 @@
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute, and run our layers
 #   make test-autogptq   the part of that in which AutoGPTQ runs our layers
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
+#   make webui-browser WEBUI=/path/to/webui   drive an installed text-generation-webui in Chromium and by its API (5 min.);
+#                 WEBUI_PYTHON= is its Python, with ropewalk and peft in it; screenshots go to WEBUI_OUT=
 #   make dev      install for work on the code: links that type checkers and editors can follow
 #   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
 #   make clean    remove all of that
@@ -20,7 +22,7 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint sanitize fuzz oracle test-autogptq bench-cpu dev small-model clean
+.PHONY: demo test lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -74,6 +76,17 @@ bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
 		--out $(BENCH_OUT)/decode.json --plot $(BENCH_OUT)/decode.png
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.summary $(BENCH_OUT)
 
+# It works on a copy of webui's folder. Chromium is Debian's: apt install chromium.
+WEBUI ?=
+WEBUI_PYTHON ?= $(firstword $(wildcard $(WEBUI)/installer_files/env/bin/python $(WEBUI)/.venv/bin/python \
+	$(WEBUI)/venv/bin/python) $(PYTHON))
+WEBUI_OUT ?= .cache/webui-browser
+CHROMIUM ?= /usr/bin/chromium
+webui-browser: $(VENV)-browser/installed
+	@test -f "$(WEBUI)/server.py" || { echo "webui-browser: expected WEBUI=/path/to/webui, found '$(WEBUI)'" >&2; exit 2; }
+	$(VENV)-browser/bin/python tests/drive_webui.py "$(WEBUI)" --python "$(WEBUI_PYTHON)" --out "$(WEBUI_OUT)" \
+		--chromium "$(CHROMIUM)"
+
 small-model: $(VENV)-gptqmodel/installed
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.small_model .cache/small-model
 
@@ -103,10 +116,15 @@ $(VENV)-gptqmodel/llama-cpp: $(VENV)-gptqmodel/environment
 	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) llama-cpp-python==0.3.36 matplotlib
 	touch $@
 
+$(VENV)-browser/installed: constraints-browser.txt
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-browser.txt playwright
+	touch $@
+
 # Hugging Face's `kernels`, out of the way, for the test that our folder of that name does not hide it.
 $(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/with-kernels kernels
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq build .cache *.egg-info
+	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq $(VENV)-browser build .cache *.egg-info

@@ -63,7 +63,7 @@ def load(
         rope: "auto" follows the config and what it implies (see `ropewalk.loader.rope`); otherwise
             "none", "linear:2", "partial-ntk:factor=4,original=4096" and so on (`parse_rope`).
         device_map: a device, "auto", or module name -> device, as accelerate takes it; by default all on the GPU if
-            there is one, else the CPU. Layers on the CPU compute there.
+            there is one, else the CPU. Layers on the CPU compute there; "cpu-layers:4" has the last four do so.
         max_memory: device -> bytes or "10GiB", for "auto".
         dtype: of activations and of what is not packed; by default float32 on the CPU, float16 on a GPU.
         lora: a folder or Hub name with a PEFT adapter to put on top, several, or name -> folder.
@@ -111,6 +111,8 @@ def load(
     tokenizer = load_tokenizer(checkpoint)  # first, so that a fault in its files is found before the model is built
     placement = {"device_map": device_map, "max_memory": max_memory, "dtype": dtype}
     if checkpoint.quantize_config is None:
+        if str(device_map).startswith(place.CPU_LAYERS):
+            raise UsageError(f"device_map: expected no {device_map} for a model without packed layers, found it")
         if cache_packed:
             log.info("cache_packed: nothing is kept of a model without layers that GPTQ packed")
         loaded = load_plain(checkpoint, decision, **placement, **kwargs)

@@ -13,6 +13,7 @@ from torch import nn
 from ropewalk.errors import NotEnoughMemoryError, UsageError
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+CPU_LAYERS = "cpu-layers:"
 
 
 def plan(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -20,8 +21,8 @@ def plan(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, dtyp
 
     Args:
         model: on the meta device, with its packed layers.
-        device_map: "auto" and the like, a device ("cpu", "cuda:1", 1, torch.device), a dict, or None for the GPU if
-            there is one, else the CPU.
+        device_map: "auto" and the like, a device ("cpu", "cuda:1", 1, torch.device), a dict, "cpu-layers:4" for the
+            last four layers on the CPU and the rest on the GPU, or None for the GPU if there is one, else the CPU.
         max_memory: device -> bytes, or text such as "10GiB"; only for "auto" and the like.
         dtype: of what is not packed.
 
@@ -36,6 +37,8 @@ def plan(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, dtyp
     if isinstance(device_map, dict):
         placed = {name: _device(device) for name, device in device_map.items()}
         _check_names(model, placed)
+    elif str(device_map).startswith(CPU_LAYERS):
+        placed = _cpu_layers(model, str(device_map).removeprefix(CPU_LAYERS))
     elif device_map in PLANS:
         placed = _planned(model, device_map, max_memory, dtype)
     else:
@@ -99,6 +102,27 @@ def _planned(model: Any, device_map: str, max_memory: Mapping[Any, Any] | None, 
     except ValueError as error:  # sizes that are none, devices that are not there
         raise UsageError(f"max_memory: {error}") from None
     return {name: "disk" if device == "disk" else _device(device) for name, device in placed.items()}
+
+
+def _cpu_layers(model: Any, count: str) -> dict[str, Any]:
+    """Return a map with so many of the last layers on the CPU and all else on the GPU."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    layers = next((name for name, stack in stacks.items() if len(stack) == model.config.num_hidden_layers), None)
+    if layers is None:
+        raise UsageError(f"device_map: expected a model with a list of its layers, found {type(model).__name__}")
+    total = len(stacks[layers])
+    if not count.isdecimal() or int(count) > total:
+        raise UsageError(f"device_map: expected 0 to {total} layers on the CPU, found {count!r}")
+    gpu = _device("cuda")
+    placed: dict[str, Any] = {}
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        module = name.rpartition(".")[0]
+        if name.startswith(f"{layers}."):
+            number = int(name.removeprefix(f"{layers}.").partition(".")[0])
+            placed[f"{layers}.{number}"] = torch.device("cpu") if number >= total - int(count) else gpu
+        else:
+            placed[module or name] = gpu
+    return placed
 
 
 def _key(device: Any) -> Any:

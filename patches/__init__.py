@@ -16,7 +16,7 @@ from ropewalk.errors import UsageError
 log = logging.getLogger("ropewalk")
 
 # Each is a module here.
-FRONT_ENDS = ("transformers", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama")
+FRONT_ENDS = ("transformers", "webui", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama")
 
 
 def patch(*front_ends: str) -> None:

@@ -56,7 +56,8 @@ def expect_arguments(front_end: str, name: str, function: Callable[..., Any], fi
     """
     found = list(inspect.signature(function).parameters)
     if found[: len(first)] != list(first):
-        raise PatchError(f"{front_end} {installed(front_end)}", f"{name}({', '.join(first)}, ...)", ", ".join(found))
+        known_as = " ".join(filter(None, (front_end, installed(front_end))))
+        raise PatchError(known_as, f"{name}({', '.join(first)}, ...)", ", ".join(found))
 
 
 def absent() -> None:

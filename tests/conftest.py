@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ from ropewalk.shipped import FOLDER
 
 # The bounds of the tests are those of exact arithmetic; what int8 activations cost has tests of its own.
 os.environ.setdefault("ROPEWALK_CPU_MODE", "exact")
+
+WEBUI = Path(__file__).parent / "webui_stand_in"
 
 # Whether Triton's interpreter runs the kernels of this process; that is settled when triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -413,3 +416,15 @@ def in_terminal() -> Iterator[Callable[..., Terminal]]:
     yield start
     for terminal in started:
         terminal.close()
+
+
+@pytest.fixture
+def webui_folder(tmp_path: Path, shipped: Path) -> Path:
+    """Return the folder of a webui, as far as the stand-in is one, with the small model in it."""
+    copy = tmp_path / "webui"
+    shutil.copytree(WEBUI, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("models", "loras", "extensions", "instruction-templates"):
+        (copy / "user_data" / name).mkdir(parents=True)
+    (copy / "extensions").mkdir()
+    shutil.copytree(shipped, copy / "user_data/models/strand")
+    return copy

@@ -151,3 +151,16 @@ def test_layers_on_the_cpu_compute_there(tmp_path, make_checkpoint):
     with torch.no_grad():
         found, expected = model(ids).logits, whole(ids).logits
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_the_last_layers_on_the_cpu(model, two_gpus):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    placed = place.plan(model, "cpu-layers:1", None, torch.float16)
+    assert placed["model.layers.0"] == placed["model.embed_tokens"] == placed["model.norm"] == placed["lm_head"] == gpu
+    assert placed["model.layers.1"] == cpu
+    find = place.device_of(placed)
+    assert {find(name) for name, _ in model.named_parameters() if ".layers.1." in name} == {cpu}
+    assert set(place.plan(model, "cpu-layers:0", None, torch.float16).values()) == {gpu}
+    for count in ("3", "-1", "x", ""):
+        with pytest.raises(UsageError, match="expected 0 to 2 layers on the CPU, found"):
+            place.plan(model, f"cpu-layers:{count}", None, torch.float16)

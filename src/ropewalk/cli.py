@@ -30,6 +30,7 @@ COMMANDS = {
     "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
     "tune": "find the fastest plans for the GPU that is here, and keep them",
     "fastchat": "FastChat's command line and servers, with our loader in them",
+    "webui": "our loader in text-generation-webui: install, uninstall, run",
     "doctor": "what is installed here, and what will be used",
 }
 

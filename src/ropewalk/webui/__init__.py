@@ -1,0 +1,1 @@
+"""text-generation-webui's extension, and how it gets into a webui's folder and out again."""

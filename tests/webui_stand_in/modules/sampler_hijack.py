@@ -1,0 +1,7 @@
+"""Sampling."""
+
+calls = []
+
+
+def hijack_samplers():
+    calls.append("hijacked")
