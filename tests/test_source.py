@@ -20,7 +20,7 @@ import ropewalk
 from ropewalk.cli import main
 from ropewalk.errors import CheckpointError, HubError, MissingFileError, UsageError
 from ropewalk.loader.repository_files import choose_adapter_files, choose_model_files
-from ropewalk.loader.source import _split, find_adapter, find_source
+from ropewalk.loader.source import find_adapter, find_source, split_branch
 
 TOKEN = "hf_test"
 
@@ -351,10 +351,10 @@ def test_what_must_not_be_asked_of_the_hub(hub):
 
 
 def test_the_colon_of_a_drive_is_no_branch():
-    assert _split("C:\\models\\name") == ("C:\\models\\name", None)
-    assert _split("C:/models/name") == ("C:/models/name", None)
-    assert _split("C:\\models\\user\\name:branch") == ("C:\\models\\user\\name", "branch")
-    assert _split("user/name:refs/pr/1") == ("user/name", "refs/pr/1")
+    assert split_branch("C:\\models\\name") == ("C:\\models\\name", None)
+    assert split_branch("C:/models/name") == ("C:/models/name", None)
+    assert split_branch("C:\\models\\user\\name:branch") == ("C:\\models\\user\\name", "branch")
+    assert split_branch("user/name:refs/pr/1") == ("user/name", "refs/pr/1")
 
 
 # Which files

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "the main job on the small model that ships with the package",
     "inspect": "what is in a checkpoint, and which rotary embedding it means",
     "generate": "continue a prompt, streaming",
+    "serve": "transformers' server with GPTQ models, for programs that talk to OpenAI's",
     "perplexity": "perplexity over a text, by length of context",
     "quantize": "pack a float16 model with GPTQ",
     "convert": "write any checkpoint that is read here as safetensors",
