@@ -43,6 +43,6 @@ def status() -> dict[str, Any]:
     return {
         "package": "peft",
         "version": installed("peft"),
-        "tested": "0.21",
+        "tested": "0.18 to 0.21",
         "applied": hook is not None and (hook.is_enabled() or hook.is_waiting()),
     }

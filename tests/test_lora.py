@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import ropewalk
@@ -26,6 +27,10 @@ from ropewalk.loader import peft_hook
 from ropewalk.loader.lora import load_lora, name_adapters
 
 peft = pytest.importorskip("peft")
+PEFT = Version(peft.__version__)
+
+# transformers says what PEFT it wants, and is installed with others all the same, as by text-generation-webui 4.7.
+BY_TRANSFORMERS = pytest.mark.skipif(Version("0.19") > PEFT, reason="transformers itself does not take this PEFT")
 
 ROPE = {"rope_type": "partial-ntk", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 IDS = torch.arange(3, 90)[None]
@@ -153,6 +158,8 @@ def test_an_adapter_of_any_name_keeps_its_tensors(tmp_path, base, name):
     model, _ = ropewalk.load(folder, lora={"first": tmp_path / "b", name: tmp_path / "a"})
     model.set_adapter(name)
     assert (logits(model) - expected).abs().max() < 1e-4
+    if Version("0.20") > PEFT and name in ("e", "A", "layer", "mode"):
+        pytest.skip("this PEFT saves with one adapter all whose tensors have its name in theirs")
     model.save_pretrained(tmp_path / "out", selected_adapters=[name])
     out = tmp_path / "out" if name == "default" else tmp_path / "out" / name
     assert equal(load_file(out / "adapter_model.safetensors"), load_file(tmp_path / "a" / "adapter_model.safetensors"))
@@ -277,6 +284,8 @@ FAULTS = {
 def test_what_does_not_fit_is_refused_and_leaves_the_base_as_it_was(tmp_path, base, fault, second):
     folder, plain = base
     damage, error, message = FAULTS[fault]
+    if second and fault == "no such modules" and Version("0.21") > PEFT:  # which leaves it to us to find out
+        error, message = MissingTensorsError, "only tensors for layers of LlamaForCausalLM, found base_model"
     write_adapter(plain(), tmp_path / "good")
     write_adapter(plain(), tmp_path / "bad")
     damage(tmp_path / "bad")
@@ -466,6 +475,7 @@ def test_training_with_half_activations(base, dtype):
     assert losses[-1] < losses[0] - 0.2
 
 
+@BY_TRANSFORMERS
 def test_adapters_by_transformers_own_means(tmp_path, base):
     folder, plain = base
     expected = logits(write_adapter(plain(), tmp_path / "a"))

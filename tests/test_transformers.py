@@ -88,7 +88,7 @@ def test_settings_of_the_config_are_taken_and_others_refused(tmp_path, make_chec
 
 
 def test_a_folder_with_an_adapter_is_its_base_with_the_adapter(tmp_path, make_checkpoint, reference_model, patched):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", "0.19", reason="transformers itself does not take an older PEFT")
     weights = make_checkpoint(tmp_path / "base", "codellama")
     plain = reference_model(tmp_path / "base", weights)
     plain.name_or_path = str(tmp_path / "base")
