@@ -20,6 +20,7 @@ from ropewalk.errors import (
     MissingFileError,
     MissingPackageError,
     MissingTensorsError,
+    PatchError,
     RopewalkError,
     UsageError,
 )
@@ -482,6 +483,55 @@ def test_adapters_by_transformers_own_means(tmp_path, base):
     model, _ = ropewalk.load(folder)
     model.load_adapter(str(tmp_path / "a"))
     assert (logits(model) - expected).abs().max() < 1e-4
+
+
+def test_pefts_own_means_after_patch_and_from_pretrained(tmp_path, base):
+    """Without `ropewalk.load`: PEFT loads, trains and saves on a model that transformers' from_pretrained gave."""
+    from transformers import AutoModelForCausalLM
+
+    folder, plain = base
+    expected = logits(write_adapter(plain(), tmp_path / "a"))
+    ropewalk.unpatch()
+    ropewalk.patch()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        without = logits(model)
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "a")
+        assert (logits(loaded) - expected).abs().max() < 1e-4
+        model = loaded.unload()
+        assert torch.equal(logits(model), without)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trained = peft.get_peft_model(model, config)
+        losses = train(trained, 8)
+        assert losses[-1] < losses[0]
+        trained.eval().save_pretrained(tmp_path / "trained")
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32)
+        assert torch.equal(logits(again), logits(trained))
+    finally:
+        ropewalk.unpatch()
+    assert not peft_hook.is_enabled()
+
+
+def test_the_patch_of_peft(base, monkeypatch):
+    from peft.tuners.lora.model import LoraModel
+
+    from ropewalk.patches import peft as patch
+    from ropewalk.patches import statuses
+
+    peft_hook.disable()
+    theirs = dict(vars(LoraModel))
+    ropewalk.patch("peft")
+    ropewalk.patch("peft")
+    assert {status["front_end"]: status["applied"] for status in statuses()}["peft"]
+    assert vars(LoraModel)["_prepare_model"] is not theirs["_prepare_model"]
+    ropewalk.unpatch("peft")
+    assert not patch.status()["applied"]
+    assert all(vars(LoraModel)[name] is theirs[name] for name in peft_hook.SIGNATURES)
+    with monkeypatch.context() as other:
+        other.setattr(LoraModel, "_prepare_model", lambda self, config: None)
+        with pytest.raises(PatchError, match=r"expected a LoraModel with _prepare_model\(self, peft_config, model\)"):
+            ropewalk.patch("peft")
+    assert not patch.status()["applied"]
 
 
 def test_a_model_on_several_devices_stays_where_it_is(tmp_path, base):

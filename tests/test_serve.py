@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ from ropewalk.errors import PatchError, UsageError
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
+README = Path(__file__).parents[1] / "README.md"
 PROMPT = "And it came to pass"
 SECONDS = 120  # within which it must be up on a busy machine
 
@@ -40,6 +43,20 @@ def ask(url, body=None):
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+def recipe():
+    """Return (arguments of `ropewalk serve`, (path, body) of each request), as README has them."""
+    section = README.read_text().split("### transformers serve\n")[1].split("\n### ")[0]
+    commands = [shlex.split(line) for line in section.replace("\\\n", "").splitlines() if line.startswith("    ")]
+    server, *asked = commands
+    assert server[:2] == ["ropewalk", "serve"]
+    found = []
+    for command in asked:
+        address = f"http://127.0.0.1:{server[server.index('--port') + 1]}"
+        assert command[0] == "curl" and command[1].startswith(address)
+        found.append((command[1].removeprefix(address), json.loads(command[command.index("-d") + 1])))
+    return server[2:], found
 
 
 @contextmanager
@@ -67,19 +84,24 @@ def serving(home, *arguments):
 
 
 def test_the_model_that_ships_is_served(tmp_path, shipped):
-    """Both endpoints, at once and streaming, give what the model itself gives; an interrupt ends it."""
+    """README's commands; both endpoints, streaming or not, give what the model itself gives; an interrupt ends it."""
     model, tokenizer = ropewalk.load(shipped, dtype="float16", device_map="auto")
 
     def continued(prompt, tokens):
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         return tokenizer.decode(model.generate(ids, max_new_tokens=tokens)[0, ids.shape[1] :], skip_special_tokens=True)
 
-    chat = [{"role": "user", "content": "Who went up?"}]
-    filled, _ = templates.apply("Who went up?", "airoboros-2.1")
-    with serving(tmp_path, "demo", "--template", "airoboros-2.1") as (url, server):
+    arguments, requests = recipe()
+    assert arguments[0] == "demo"
+    filled, _ = templates.apply("Who went up?", arguments[arguments.index("--template") + 1])
+    with serving(tmp_path, *arguments) as (url, server):
         status, listed = ask(f"{url}/v1/models")
         assert status == 200
         assert [entry["id"] for entry in listed["data"]] == ["demo"]
+        for path, body in requests:
+            answer = ask(url + path, body)
+            assert len(answer) > 10 if body.get("stream") else answer[0] == 200
+        assert {path for path, _ in requests} == {"/v1/completions", "/v1/chat/completions"}
         body = {"model": "demo", "prompt": PROMPT, "max_tokens": 12}
         status, found = ask(f"{url}/v1/completions", body)
         assert status == 200
@@ -89,7 +111,7 @@ def test_the_model_that_ships_is_served(tmp_path, shipped):
         events = ask(f"{url}/v1/completions", body | {"stream": True})
         assert "".join(event["choices"][0]["text"] for event in events) == expected
         assert len(events) > 5
-        body = {"model": "demo", "messages": chat, "max_tokens": 10}
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Who went up?"}], "max_tokens": 10}
         status, found = ask(f"{url}/v1/chat/completions", body)
         assert status == 200
         expected = continued(filled, 10)

@@ -414,6 +414,51 @@ def test_a_packed_model_from_the_hub_is_read_through_the_links(hub, tmp_path, ma
     assert model.config.model_type == "llama"
 
 
+def test_transformers_from_pretrained_takes_names_and_branches(hub, tmp_path, make_checkpoint):
+    """With the patch, and though config.json says nothing of packing."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    for branch, bits in (("main", 4), ("3bit", 3)):
+        folder = tmp_path / branch
+        make_checkpoint(folder, bits=bits, file=f"gptq_model-{bits}bit-32g.safetensors")
+        hub.add("user/packed", {path.name: path.read_bytes() for path in folder.iterdir()}, branch)
+    ropewalk.patch()
+    try:
+        for model_class in (AutoModelForCausalLM, LlamaForCausalLM):
+            for branch, bits in (("main", 4), ("3bit", 3)):
+                model = model_class.from_pretrained("user/packed", revision=branch, device_map="auto")
+                assert model.model.layers[0].mlp.up_proj.bits == bits
+        assert model.config.rope_parameters["rope_type"] == "partial-ntk"
+    finally:
+        ropewalk.unpatch()
+
+
+@pytest.mark.parametrize(
+    ("files", "packed"),
+    [
+        ({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": b""}, True),
+        ({"config.json": b'{"quantization_config": {"quant_method": "awq"}}', "quantize_config.json": b""}, False),
+        ({"config.json": b"{}", "quantize_config.json": b"{}", "model.safetensors": b""}, True),
+        ({"config.json": b"{}", "quant_config.json": b"{}", "gptq_model-4bit-128g.safetensors": b""}, True),
+        ({"config.json": b"{}", "llama-13b-4bit-128g.pt": b""}, True),
+        ({"config.json": b"{}", "llama-13b-4bit-128g.pt": b"", "pytorch_model.bin": b""}, False),
+        ({"config.json": b"{}", "model.safetensors": b"", "other-4bit.safetensors": b""}, False),
+        ({"config.json": b"{}", "model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}, False),
+        ({"config.json": b"not json", "quantize_config.json": b""}, False),
+        ({"README.md": b""}, False),
+    ],
+)
+def test_which_repositories_are_packed(hub, files, packed):
+    from ropewalk.loader.packed_name import is_packed
+
+    hub.add("user/model", files)
+    assert is_packed("user/model", {}) is packed
+    assert is_packed("user/model", {"revision": "main", "token": TOKEN}) is packed
+    assert not is_packed("user/model", {"revision": "nope"})
+    assert not is_packed("user/nothing", {})
+    assert not hub.downloads() or set(hub.downloads()) == {"config.json"}
+
+
 def test_a_branch(hub):
     hub.add("user/name", {**FILES, "config.json": b'{"model_type": "mistral"}'}, "gptq-3bit")
     for source in (find_source("user/name:gptq-3bit"), find_source("user/name", revision="gptq-3bit")):

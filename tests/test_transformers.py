@@ -4,9 +4,11 @@ run, and that `unpatch` gives everything back.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +283,36 @@ print(json.dumps([first, second, prompt_template, str(model.dtype), *counted]))
     assert ids.shape[1] == prompt_tokens < tokens <= prompt_tokens + 512
     expected = model.generate(ids, max_new_tokens=512)[0]
     assert first == tokenizer.decode(expected)
+
+
+def test_the_recipes_of_the_readme(tmp_path, make_checkpoint, shipped):
+    """Those for transformers and for PEFT, in one program, with an adapter that PEFT itself has saved."""
+    pytest.importorskip("peft", "0.19")
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("\n## Front ends\n")[1].split("\n## ")[0]
+    blocks = [part.split("```")[0] for part in section.split("```python\n")[1:]]
+    by_transformers = next(block for block in blocks if "from_pretrained(name" in block)
+    by_peft = next(block for block in blocks if "PeftModel" in block)
+    branch = re.search(r'revision="(.+?)"', by_transformers)[1]
+    make_checkpoint(tmp_path / "model", "codellama", config_in="config.json", sizes={"vocab_size": 2048})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped / name, tmp_path / "model")
+    of_name = re.search(r'name = "(.+?)"', by_transformers)[1]
+    put_into_cache(tmp_path / "home", of_name, {"main": tmp_path / "model", branch: tmp_path / "model"})
+    between = f"""
+import json, os, peft, torch
+os.chdir({str(tmp_path)!r})
+text = pipe("In those days", max_new_tokens=4)[0]["generated_text"]
+adapter = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+adapter.save_pretrained("adapter-folder")
+model = adapter.unload()
+"""
+    after = """
+trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+print(json.dumps([text, len(trained)]))
+"""
+    text, trained = offline(tmp_path / "home", by_transformers + between + by_peft + after)
+    assert text.startswith("In those days") and len(text) > len("In those days")
+    assert trained == 28
 
 
 def test_branches_of_2023_without_settings_in_config_json(tmp_path, make_checkpoint):
