@@ -46,6 +46,8 @@ def find_packed(name: Any, arguments: Mapping[str, Any], config: Any = None) -> 
 
 def is_packed(name: Any, arguments: Mapping[str, Any], config: Any = None) -> bool:
     """Tell whether a name means a packed model; the arguments are those of `find_packed`."""
+    if name == "":  # not the folder we are in
+        return False
     try:
         path = Path(name)
         if path.is_dir():

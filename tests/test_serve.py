@@ -194,7 +194,8 @@ def test_without_the_extra(capsys, monkeypatch):
     assert "(pip install 'ropewalk[serve]'), found no fastapi" in capsys.readouterr().err
 
 
-def test_a_server_of_another_make_is_refused(monkeypatch):
+def test_a_server_of_another_make_is_refused(monkeypatch, capsys):
+    from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
     from ropewalk.serving import _our_manager
@@ -210,3 +211,8 @@ def test_a_server_of_another_make_is_refused(monkeypatch):
     ):
         pass
     assert model_manager.ModelManager is theirs
+    monkeypatch.setattr(Serve, "__init__", lambda self, model: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "demo"])
+    assert caught.value.code == 1
+    assert "expected serve with force_model, host and port, found" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def options() -> dict[str, tuple[Any, Any, str]]:
     for name, parameter in inspect.signature(Serve.__init__).parameters.items():
         if name in ("self", _MODEL, _HIDDEN):
             continue
-        plain, *about = typing.get_args(hints[name]) or (hints[name],)
+        plain, *about = typing.get_args(hints.get(name, str)) or (hints.get(name, str),)
         kinds = [kind for kind in typing.get_args(plain) or (plain,) if kind is not type(None)]
         text = next((getattr(note, "help", None) for note in about if getattr(note, "help", None)), "")
         found[name] = (kinds[0], parameter.default, " ".join((text or "").split()))

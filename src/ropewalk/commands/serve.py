@@ -6,6 +6,7 @@ import argparse
 import enum
 from typing import Any
 
+from ropewalk.errors import PatchError
 from ropewalk.templates import TEMPLATES
 from ropewalk.terminal import Output
 
@@ -29,7 +30,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", metavar="NAME", help=f"chat template: {', '.join(TEMPLATES)}")
     group = parser.add_argument_group("options of transformers serve")
-    for name, (kind, default, text) in options().items():
+    try:
+        theirs = options()
+    except PatchError as error:
+        parser.exit(1, f"ropewalk serve: {error}\n")
+    for name, (kind, default, text) in theirs.items():
         _add(group, name, kind, _HOST if name == "host" else default, text)
 
 
