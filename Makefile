@@ -2,6 +2,7 @@
 #
 #   make demo     install, and run the main job on the model that ships with the package
 #   make test     install, and run the tests
+#   make test-transformers56   the tests that matter there with the transformers of text-generation-webui, 5.6
 #   make lint     ruff and mypy
 #   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
 #   make fuzz     50,000 checkpoints with faults, loaded or refused (Linux, 2 processes, 20 min.; COUNT=, SEED=, WORKERS=)
@@ -22,13 +23,19 @@ FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -
 INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	--config-settings editable_mode=strict -e .
 
-.PHONY: demo test lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model clean
+.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
 
 test: $(VENV)/installed $(VENV)/with-kernels/kernels/__init__.py
 	$(VENV)/bin/python -m pytest
+
+TRANSFORMERS56 := tests/test_rotary.py tests/test_load.py tests/test_transformers.py tests/test_serve.py \
+	tests/test_lora.py tests/test_grid.py
+test-transformers56: $(VENV)-transformers56/environment $(VENV)/installed
+	$(VENV)-transformers56/bin/python -m pytest -p no:cacheprovider $(TRANSFORMERS56) \
+		-k "not does_not_fit and not any_name and not model_cards and (not test_cell or quant_config)"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -107,6 +114,16 @@ $(VENV)-autogptq/environment: constraints-autogptq.txt
 		auto-gptq ninja pytest
 	touch $@
 
+# Laid over the first environment, with which it shares torch and all that has no version of that time.
+$(VENV)-transformers56/environment: constraints-transformers56.txt $(VENV)/environment
+	$(PYTHON) -m venv $(VENV)-transformers56
+	$(VENV)-transformers56/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r constraints-transformers56.txt
+	below=$$($(abspath $(VENV)/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
+		over=$$($(abspath $(VENV)-transformers56/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
+		echo "import site; site.addsitedir('$$below')" > $$over/below.pth
+	touch $@
+
 $(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed: %/installed: %/environment $(FOLDERS)
 	$*/bin/python $(INSTALL_LINKS)
 	touch $@
@@ -127,4 +144,4 @@ $(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq $(VENV)-browser build .cache *.egg-info
+	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq $(VENV)-transformers56 $(VENV)-browser build .cache *.egg-info

@@ -50,10 +50,14 @@ REQUIRES = [
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
+    "serve": ["fastapi", "uvicorn", "openai>=1.98", "pydantic>=2"],
     "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],
     "fastchat": ["fschat>=0.2.36", "peft>=0.18"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "bitsandbytes>=0.46.1", "packaging"],
+    "test": [
+        *("pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "bitsandbytes>=0.46.1", "packaging"),
+        *("fastapi", "uvicorn", "openai>=1.98"),
+    ],
     "lint": ["ruff", "mypy"],
 }
 

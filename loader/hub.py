@@ -130,6 +130,26 @@ def download(request: Request) -> Path:
     return folder
 
 
+def names(request: Request) -> list[str]:
+    """Return the names of the files in a repository: from the Hub, or from its cache where it is not to be asked or
+    does not answer; none where neither has them.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if not (request.local_files_only or constants.HF_HUB_OFFLINE):
+        try:
+            info = HfApi(token=request.token).model_info(
+                request.repo, revision=request.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+            return [file.rfilename for file in info.siblings or ()]
+        except _failures() as error:
+            log.debug("%s: %s", request.name, error)
+    listed = _cached_names(request)
+    marker = try_to_load_from_cache(request.repo, request.kind.marker, request.cache_dir, request.revision)
+    here = [entry.name for entry in Path(marker).parent.iterdir()] if isinstance(marker, str) else []
+    return listed or here
+
+
 def _check_names(request: Request, names: Iterable[str]) -> list[str]:
     """Return the files to download.
 

@@ -24,6 +24,7 @@ from ropewalk.loader import fill, packed_cache, peft_hook, place, skeleton
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision, decide_rope
+from ropewalk.loader.rotary import rope_types
 from ropewalk.loader.source import find_adapter, find_source
 
 log = logging.getLogger("ropewalk")
@@ -31,6 +32,7 @@ log = logging.getLogger("ropewalk")
 Progress = Callable[[int, int], None]
 
 
+@rope_types()
 def load(
     model: str | Path,
     *,
@@ -147,6 +149,7 @@ def _only_known(kwargs: Mapping[str, Any]) -> None:
         raise UsageError(f"load: expected of a packed model only attn_implementation besides, found {unknown[0]}")
 
 
+@rope_types()
 def load_packed(
     checkpoint: Checkpoint,
     decision: RopeDecision,
@@ -260,6 +263,7 @@ def _read_generation_config(model: Any, checkpoint: Checkpoint) -> Any:
         raise CheckpointError(file, expected, skeleton.first_line(error)) from error
 
 
+@rope_types()
 def load_plain(
     checkpoint: Checkpoint, decision: RopeDecision, *, dtype: torch.dtype | str | None, device_map: Any, **kwargs: Any
 ) -> Any:

@@ -39,12 +39,18 @@ SIGNATURES = {"_prepare_model": ["self", "peft_config", "model"], "_check_merge_
 _originals: dict[str, Any] = {}
 
 
-def enable() -> None:
-    """Have PEFT know packed layers, now if it is imported, else when it is. Doing it twice changes nothing."""
+def enable() -> bool:
+    """Have PEFT know packed layers, now if it is imported, else when it is. Doing it twice changes nothing.
+
+    Returns:
+        whether that is so; it is not for a PEFT in which the methods above are others.
+    """
     if hasattr(sys.modules.get(MODULE), "LoraModel"):
         _register(sys.modules[MODULE])
-    elif _watch not in sys.meta_path:
+        return is_enabled()
+    if _watch not in sys.meta_path:
         sys.meta_path.insert(0, _watch)
+    return True
 
 
 def disable() -> None:
@@ -59,6 +65,11 @@ def disable() -> None:
 def is_enabled() -> bool:
     """Return whether PEFT is imported and knows packed layers."""
     return bool(_originals)
+
+
+def is_waiting() -> bool:
+    """Return whether PEFT will know packed layers once it is imported."""
+    return _watch in sys.meta_path
 
 
 def require() -> None:

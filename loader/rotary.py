@@ -7,6 +7,9 @@ up to 5e-4, which is 8 rad at position 16384.
 from __future__ import annotations
 
 import importlib.metadata
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -61,12 +64,23 @@ def frequencies_of(
     return inverse_frequencies(rope_type, dim=dim, base=base, device=device, **given)
 
 
-def register_rope_types() -> None:
+class _Registered:
+    """How many need transformers to know our types: loads under way or done, and who registered them for good."""
+
+    lock = threading.RLock()
+    needed = 0
+    holders: ClassVar[set[str]] = set()
+
+
+def register_rope_types(holder: str | None = None) -> None:
     """Make transformers know "partial-ntk", "ntk-by-parts" and "ntk" as values of `rope_type`.
 
     A config that names one then builds, saves and reloads. "ntk-by-parts" means the formula of the YaRN
     paper (section 3.2); the formula of July 2023 that also went by that name is "partial-ntk". Calling
     it again changes nothing, and types that transformers has itself are left alone.
+
+    Args:
+        holder: a front end that needs them until it calls `unregister_rope_types` with its name.
 
     Raises:
         MissingPackageError: a transformers before 5, whose configs have no such types.
@@ -77,12 +91,56 @@ def register_rope_types() -> None:
         found = importlib.metadata.version("transformers")
         raise MissingPackageError(f"rope types: expected transformers 5.6 or newer, found {found}") from error
 
-    for name in REGISTERED_TYPES:
-        ROPE_INIT_FUNCTIONS.setdefault(name, frequencies_of)
-        # transformers looks the check of a type up by its name, hyphens and all.
-        check = f"_validate_{name}_rope_parameters"
-        if not hasattr(RotaryEmbeddingConfigMixin, check):
-            setattr(RotaryEmbeddingConfigMixin, check, _validate)
+    with _Registered.lock:
+        _Registered.needed += 1
+        if holder is not None:
+            _Registered.holders.add(holder)
+        for name in REGISTERED_TYPES:
+            ROPE_INIT_FUNCTIONS.setdefault(name, frequencies_of)
+            if not hasattr(RotaryEmbeddingConfigMixin, _check_of(name)):
+                setattr(RotaryEmbeddingConfigMixin, _check_of(name), _validate)
+
+
+def unregister_rope_types(holder: str | None = None) -> None:
+    """Undo `register_rope_types`, unless another holder still needs them. Models that are loaded go on; to save one and
+    build it anew takes them again.
+    """
+    try:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+    except ImportError:  # before transformers 5 there is nothing to undo
+        return
+
+    with _Registered.lock:
+        _Registered.needed = 0
+        _Registered.holders.discard(holder or "")
+        if _Registered.holders:
+            return
+        for name in REGISTERED_TYPES:
+            if ROPE_INIT_FUNCTIONS.get(name) is frequencies_of:
+                del ROPE_INIT_FUNCTIONS[name]
+            if vars(RotaryEmbeddingConfigMixin).get(_check_of(name)) is _validate:
+                delattr(RotaryEmbeddingConfigMixin, _check_of(name))
+
+
+@contextmanager
+def rope_types() -> Iterator[None]:
+    """Have our types registered while a model is loaded, and from then on; not if that fails and nobody else had
+    them.
+    """
+    register_rope_types()
+    try:
+        yield
+    except BaseException:
+        with _Registered.lock:
+            _Registered.needed -= 1
+            if _Registered.needed <= 0:
+                unregister_rope_types()
+        raise
+
+
+def _check_of(name: str) -> str:
+    """Return the name by which transformers looks up the check of a type, hyphens and all."""
+    return f"_validate_{name}_rope_parameters"
 
 
 def _validate(config: Any, rope_parameters: dict[str, Any], ignore_keys: object = None) -> None:

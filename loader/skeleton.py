@@ -22,7 +22,6 @@ from ropewalk.loader.experts import CLASSES, NAMES, PackedExperts
 from ropewalk.loader.packed_layer import PackedLayer
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision
-from ropewalk.loader.rotary import register_rope_types
 
 # Persisted by transformers up to 4.31: rotary frequencies and attention biases, computed afresh today.
 OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
@@ -68,14 +67,14 @@ class Skeleton:
 
 
 def model_config(checkpoint: Checkpoint, decision: RopeDecision) -> Any:
-    """Return transformers' config of a checkpoint with the rope decided, without code or quantization in it.
+    """Return transformers' config of a checkpoint with the rope decided, without code or quantization in it; our rope
+    types must be registered.
 
     Raises:
         CheckpointError: an architecture that transformers does not have, or settings that it refuses.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    register_rope_types()
     file = checkpoint.folder / "config.json"
     model_type = checkpoint.config["model_type"]
     if model_type not in CONFIG_MAPPING:

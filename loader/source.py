@@ -89,7 +89,7 @@ def find_source(
     return Source(
         folder,
         _weights_beside(folder),
-        name if revision is None else f"{_split(name)[0]}:{revision}",
+        name if revision is None else f"{split_branch(name)[0]}:{revision}",
     )
 
 
@@ -135,7 +135,7 @@ def _checked_name(model: str | Path, revision: str | None, token: str | bool | N
         raise UsageError("model: expected a folder, a file or user/name, found an empty name")
     if revision is not None and not _is_revision(revision):
         raise UsageError(f"revision: expected a branch, a tag or a commit, found {revision!r}")
-    branch = _split(name)[1]
+    branch = split_branch(name)[1]
     if revision is not None and branch is not None and branch != revision and not os.path.exists(name):
         raise UsageError(f"revision: expected one, found {branch!r} in {name} and {revision!r}")
     # What is wrong with a token must not be shown, and httpx would show it.
@@ -154,8 +154,8 @@ def _refuse_revision(name: str, revision: str | None) -> None:
         raise UsageError(f"revision: expected none for what is on this machine ({name}), found {revision!r}")
 
 
-def _split(name: str) -> tuple[str, str | None]:
-    r"""Return user/name and branch of user/name:branch; the colon of C:\models is none."""
+def split_branch(name: str) -> tuple[str, str | None]:
+    r"""Return user/name and branch of user/name:branch, or the name and None; the colon of C:\models is none."""
     head, colon, branch = name.rpartition(":")
     if not colon or len(head) < 2 or not _is_revision(branch):
         return name, None
@@ -218,7 +218,7 @@ def _find_elsewhere(
         HubError: a name for the Hub, which does not give it.
     """
     name = str(model)
-    base, branch = _split(name)
+    base, branch = split_branch(name)
     branch = branch if revision is None else revision
     looked = list(_webui_folders(base, branch, kind))
     for folder in looked:

@@ -16,7 +16,7 @@ from ropewalk.errors import UsageError
 log = logging.getLogger("ropewalk")
 
 # Each is a module here.
-FRONT_ENDS = ("transformers", "webui", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama")
+FRONT_ENDS = ("transformers", "peft", "webui", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama")
 
 
 def patch(*front_ends: str) -> None:
@@ -38,8 +38,9 @@ def patch(*front_ends: str) -> None:
 
 
 def unpatch(*front_ends: str) -> None:
-    """Undo `patch`. Models that are loaded already stay as they are."""
-    for module in _modules(front_ends):
+    """Undo `patch`: of the front ends named, or of all that are patched. Models that are loaded stay as they are."""
+    patched = [status["front_end"] for status in statuses() if status["applied"]]
+    for module in _modules(front_ends or tuple(dict.fromkeys([*patched, "transformers"]))):
         log.info(module.revert())
 
 

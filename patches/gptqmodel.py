@@ -54,7 +54,7 @@ def apply() -> str:
         table = _with_first(RopewalkLinear, importer)
         for name in (LOAD, POST_INIT):
             expect_arguments("gptqmodel", name, getattr(loader, name, absent), ["model"])
-        register_rope_types()
+        register_rope_types("gptqmodel")
         _replaced.put(importer, TABLE, table)
         _replaced.put(loader, LOAD, _load(getattr(loader, LOAD)))
         _replaced.put(loader, POST_INIT, _post_init(getattr(loader, POST_INIT)))
@@ -141,9 +141,11 @@ def revert() -> str:
     as well; models that are loaded keep their layers.
     """
     from ropewalk.loader import apply_rotary
+    from ropewalk.loader.rotary import unregister_rope_types
     from ropewalk.patches import transformers
 
     _replaced.restore()
+    unregister_rope_types("gptqmodel")
     if not transformers.status()["applied"]:
         apply_rotary.restore()
     return "gptqmodel: as it was"

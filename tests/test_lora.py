@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import ropewalk
@@ -19,6 +20,7 @@ from ropewalk.errors import (
     MissingFileError,
     MissingPackageError,
     MissingTensorsError,
+    PatchError,
     RopewalkError,
     UsageError,
 )
@@ -26,6 +28,10 @@ from ropewalk.loader import peft_hook
 from ropewalk.loader.lora import load_lora, name_adapters
 
 peft = pytest.importorskip("peft")
+PEFT = Version(peft.__version__)
+
+# transformers says what PEFT it wants, and is installed with others all the same, as by text-generation-webui 4.7.
+BY_TRANSFORMERS = pytest.mark.skipif(Version("0.19") > PEFT, reason="transformers itself does not take this PEFT")
 
 ROPE = {"rope_type": "partial-ntk", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 IDS = torch.arange(3, 90)[None]
@@ -153,6 +159,8 @@ def test_an_adapter_of_any_name_keeps_its_tensors(tmp_path, base, name):
     model, _ = ropewalk.load(folder, lora={"first": tmp_path / "b", name: tmp_path / "a"})
     model.set_adapter(name)
     assert (logits(model) - expected).abs().max() < 1e-4
+    if Version("0.20") > PEFT and name in ("e", "A", "layer", "mode"):
+        pytest.skip("this PEFT saves with one adapter all whose tensors have its name in theirs")
     model.save_pretrained(tmp_path / "out", selected_adapters=[name])
     out = tmp_path / "out" if name == "default" else tmp_path / "out" / name
     assert equal(load_file(out / "adapter_model.safetensors"), load_file(tmp_path / "a" / "adapter_model.safetensors"))
@@ -277,6 +285,8 @@ FAULTS = {
 def test_what_does_not_fit_is_refused_and_leaves_the_base_as_it_was(tmp_path, base, fault, second):
     folder, plain = base
     damage, error, message = FAULTS[fault]
+    if second and fault == "no such modules" and Version("0.21") > PEFT:  # which leaves it to us to find out
+        error, message = MissingTensorsError, "only tensors for layers of LlamaForCausalLM, found base_model"
     write_adapter(plain(), tmp_path / "good")
     write_adapter(plain(), tmp_path / "bad")
     damage(tmp_path / "bad")
@@ -466,12 +476,62 @@ def test_training_with_half_activations(base, dtype):
     assert losses[-1] < losses[0] - 0.2
 
 
+@BY_TRANSFORMERS
 def test_adapters_by_transformers_own_means(tmp_path, base):
     folder, plain = base
     expected = logits(write_adapter(plain(), tmp_path / "a"))
     model, _ = ropewalk.load(folder)
     model.load_adapter(str(tmp_path / "a"))
     assert (logits(model) - expected).abs().max() < 1e-4
+
+
+def test_pefts_own_means_after_patch_and_from_pretrained(tmp_path, base):
+    """Without `ropewalk.load`: PEFT loads, trains and saves on a model that transformers' from_pretrained gave."""
+    from transformers import AutoModelForCausalLM
+
+    folder, plain = base
+    expected = logits(write_adapter(plain(), tmp_path / "a"))
+    ropewalk.unpatch()
+    ropewalk.patch()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        without = logits(model)
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "a")
+        assert (logits(loaded) - expected).abs().max() < 1e-4
+        model = loaded.unload()
+        assert torch.equal(logits(model), without)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trained = peft.get_peft_model(model, config)
+        losses = train(trained, 8)
+        assert losses[-1] < losses[0]
+        trained.eval().save_pretrained(tmp_path / "trained")
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32)
+        assert torch.equal(logits(again), logits(trained))
+    finally:
+        ropewalk.unpatch()
+    assert not peft_hook.is_enabled()
+
+
+def test_the_patch_of_peft(base, monkeypatch):
+    from peft.tuners.lora.model import LoraModel
+
+    from ropewalk.patches import peft as patch
+    from ropewalk.patches import statuses
+
+    peft_hook.disable()
+    theirs = dict(vars(LoraModel))
+    ropewalk.patch("peft")
+    ropewalk.patch("peft")
+    assert {status["front_end"]: status["applied"] for status in statuses()}["peft"]
+    assert vars(LoraModel)["_prepare_model"] is not theirs["_prepare_model"]
+    ropewalk.unpatch("peft")
+    assert not patch.status()["applied"]
+    assert all(vars(LoraModel)[name] is theirs[name] for name in peft_hook.SIGNATURES)
+    with monkeypatch.context() as other:
+        other.setattr(LoraModel, "_prepare_model", lambda self, config: None)
+        with pytest.raises(PatchError, match=r"expected a LoraModel with _prepare_model\(self, peft_config, model\)"):
+            ropewalk.patch("peft")
+    assert not patch.status()["applied"]
 
 
 def test_a_model_on_several_devices_stays_where_it_is(tmp_path, base):

@@ -9,13 +9,15 @@ from ropewalk.loader import place, skeleton
 from ropewalk.loader.checkpoint import open_checkpoint
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import decide_rope
+from ropewalk.loader.rotary import rope_types
 
 
 @pytest.fixture
 def model(tmp_path, make_checkpoint):
     make_checkpoint(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    return skeleton.build(checkpoint, decide_rope(checkpoint.config), torch.float32).model
+    with rope_types():
+        return skeleton.build(checkpoint, decide_rope(checkpoint.config), torch.float32).model
 
 
 @pytest.fixture

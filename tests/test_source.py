@@ -20,7 +20,7 @@ import ropewalk
 from ropewalk.cli import main
 from ropewalk.errors import CheckpointError, HubError, MissingFileError, UsageError
 from ropewalk.loader.repository_files import choose_adapter_files, choose_model_files
-from ropewalk.loader.source import _split, find_adapter, find_source
+from ropewalk.loader.source import find_adapter, find_source, split_branch
 
 TOKEN = "hf_test"
 
@@ -351,10 +351,10 @@ def test_what_must_not_be_asked_of_the_hub(hub):
 
 
 def test_the_colon_of_a_drive_is_no_branch():
-    assert _split("C:\\models\\name") == ("C:\\models\\name", None)
-    assert _split("C:/models/name") == ("C:/models/name", None)
-    assert _split("C:\\models\\user\\name:branch") == ("C:\\models\\user\\name", "branch")
-    assert _split("user/name:refs/pr/1") == ("user/name", "refs/pr/1")
+    assert split_branch("C:\\models\\name") == ("C:\\models\\name", None)
+    assert split_branch("C:/models/name") == ("C:/models/name", None)
+    assert split_branch("C:\\models\\user\\name:branch") == ("C:\\models\\user\\name", "branch")
+    assert split_branch("user/name:refs/pr/1") == ("user/name", "refs/pr/1")
 
 
 # Which files
@@ -412,6 +412,51 @@ def test_a_packed_model_from_the_hub_is_read_through_the_links(hub, tmp_path, ma
     assert ropewalk.inspect(folder) == expected
     model, _ = ropewalk.load(folder)
     assert model.config.model_type == "llama"
+
+
+def test_transformers_from_pretrained_takes_names_and_branches(hub, tmp_path, make_checkpoint):
+    """With the patch, and though config.json says nothing of packing."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    for branch, bits in (("main", 4), ("3bit", 3)):
+        folder = tmp_path / branch
+        make_checkpoint(folder, bits=bits, file=f"gptq_model-{bits}bit-32g.safetensors")
+        hub.add("user/packed", {path.name: path.read_bytes() for path in folder.iterdir()}, branch)
+    ropewalk.patch()
+    try:
+        for model_class in (AutoModelForCausalLM, LlamaForCausalLM):
+            for branch, bits in (("main", 4), ("3bit", 3)):
+                model = model_class.from_pretrained("user/packed", revision=branch, device_map="auto")
+                assert model.model.layers[0].mlp.up_proj.bits == bits
+        assert model.config.rope_parameters["rope_type"] == "partial-ntk"
+    finally:
+        ropewalk.unpatch()
+
+
+@pytest.mark.parametrize(
+    ("files", "packed"),
+    [
+        ({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": b""}, True),
+        ({"config.json": b'{"quantization_config": {"quant_method": "awq"}}', "quantize_config.json": b""}, False),
+        ({"config.json": b"{}", "quantize_config.json": b"{}", "model.safetensors": b""}, True),
+        ({"config.json": b"{}", "quant_config.json": b"{}", "gptq_model-4bit-128g.safetensors": b""}, True),
+        ({"config.json": b"{}", "llama-13b-4bit-128g.pt": b""}, True),
+        ({"config.json": b"{}", "llama-13b-4bit-128g.pt": b"", "pytorch_model.bin": b""}, False),
+        ({"config.json": b"{}", "model.safetensors": b"", "other-4bit.safetensors": b""}, False),
+        ({"config.json": b"{}", "model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}, False),
+        ({"config.json": b"not json", "quantize_config.json": b""}, False),
+        ({"README.md": b""}, False),
+    ],
+)
+def test_which_repositories_are_packed(hub, files, packed):
+    from ropewalk.loader.packed_name import is_packed
+
+    hub.add("user/model", files)
+    assert is_packed("user/model", {}) is packed
+    assert is_packed("user/model", {"revision": "main", "token": TOKEN}) is packed
+    assert not is_packed("user/model", {"revision": "nope"})
+    assert not is_packed("user/nothing", {})
+    assert not hub.downloads() or set(hub.downloads()) == {"config.json"}
 
 
 def test_a_branch(hub):

@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "what is in a checkpoint, and which rotary embedding it means",
     "generate": "continue a prompt, streaming",
     "chat": "a chat in the terminal",
+    "serve": "transformers' server with GPTQ models, for programs that talk to OpenAI's",
     "perplexity": "perplexity over a text, by length of context",
     "quantize": "pack a float16 model with GPTQ",
     "convert": "write any checkpoint that is read here as safetensors",
