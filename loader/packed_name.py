@@ -70,6 +70,10 @@ def _is_packed_folder(folder: Path) -> bool:
     weights = find_weights(folder, file=source.file)
     if any(file.name.startswith("pytorch_model") for file in weights.files):
         return False
+    # A pickle takes long to look into, and such a name is that of a packed model.
+    pickles = [file for file in weights.files if file.suffix != ".safetensors"]
+    if any(bits_and_group_in(file.stem)[0] is not None for file in pickles):
+        return True
     return bool(find_layers(read_tensors(weights)[0]))
 
 

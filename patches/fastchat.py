@@ -125,13 +125,13 @@ def _is_ours(model_path: str) -> bool:
 
 @functools.cache
 def _is_ours_here(model_path: str) -> bool:
+    from ropewalk.loader.packed_name import is_packed
     from ropewalk.loader.quantize_config import read_json
     from ropewalk.loader.rope import decide_rope
     from ropewalk.loader.source import find_source
-    from ropewalk.patches.transformers import _is_packed
 
     folder = find_source(model_path).folder
-    if _is_packed(folder) or os.path.isfile(model_path):
+    if os.path.isfile(model_path) or is_packed(folder, {}):
         return True
     if not (folder / "config.json").is_file():
         return False

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from ropewalk.chat_templates import jinja
 from ropewalk.cli import main
 from ropewalk.patches.webui import options, start
 from ropewalk.templates import TEMPLATES
 from ropewalk.webui import install
-from ropewalk.webui.template import jinja
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text().partition("### text-generation-webui\n")[2].partition("\n##")[0]

@@ -169,35 +169,15 @@ def _max_memory(args: Any) -> dict[int | str, str]:
 
 def infer_loader(original: Any) -> Any:
     """Wrap models_settings.infer_loader, which names the loader for a folder."""
+    from ropewalk.loader.packed_name import is_packed
 
     @functools.wraps(original)
     def infer_loader(model_name: str, model_settings: Any, hf_quant_method: Any = None) -> Any:
         loader = original(model_name, model_settings, hf_quant_method=hf_quant_method)
-        if loader == "Transformers" and is_packed(_webui("utils").resolve_model_path(model_name)):
-            return NAME
-        return loader
+        folder = _webui("utils").resolve_model_path(model_name)
+        return NAME if loader == "Transformers" and folder.is_dir() and is_packed(folder, {}) else loader
 
     return infer_loader
-
-
-def is_packed(path: Path) -> bool:
-    """Tell whether GPTQ packed what is in a folder, or says so, from configs, headers and names alone."""
-    from ropewalk.loader.quantize_config import CONFIG_KEY, FILES, read_json
-    from ropewalk.loader.safetensors_file import read_header
-    from ropewalk.loader.weight_files import bits_and_group_in
-
-    try:
-        stated = read_json(path / "config.json").get(CONFIG_KEY)
-        if stated is not None:
-            return bool(stated.get("quant_method") == "gptq")
-        if any((path / name).is_file() for name in FILES):
-            return True
-        if any(bits_and_group_in(file.stem)[0] for pattern in ("*.pt", "*.bin") for file in path.glob(pattern)):
-            return True
-        files = sorted(path.glob("*.safetensors"))
-        return bool(files) and any(name.endswith(".qweight") for name in read_header(files[0])[0])
-    except (RopewalkError, OSError, AttributeError):
-        return False
 
 
 def get_model_metadata(original: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The prompt templates of `ropewalk.templates` as chat templates, which tokenizers of transformers fill in."""
+"""The prompt templates of `ropewalk.templates` as Jinja over the messages of a conversation, which tokenizers of
+transformers and text-generation-webui fill in.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +8,12 @@ import json
 from typing import Any
 
 from ropewalk.errors import UsageError
-from ropewalk.templates import TEMPLATES
-
-# What a template puts between one of the user's texts and the next: the answer, the end of the turn, and how the next
-# begins. Most models were trained on many turns in which only the first has the system text.
-_NEXT = {
-    "airoboros": (" ", "</s> USER: "),
-    "airoboros-2.1": (" ", "\nUSER: "),
-    "vicuna-1.1": (" ", "</s>USER: "),
-    "orca-8k": ("", "</s><|prompter|>"),
-    "llama-2": (" ", " </s><s>[INST] "),
-    "alpaca": ("", "\n\n### Instruction:\n"),
-    "bagel-chat-ml": ("", "\n</s><s>user\n"),
-    "chat-ml": ("", "<|im_end|>\n<|im_start|>user\n"),
-}
+from ropewalk.templates import TEMPLATES, Template
 
 
 def chat_template(name: str, tokenizer: Any = None) -> str:
-    """Return a template of `TEMPLATES` as Jinja, for messages of the roles system (the first, or none), user and
-    assistant in turn.
+    """Return a template of `TEMPLATES` for messages of the roles system (the first, or none), user and assistant in
+    turn; others raise an exception where it is filled in.
 
     Args:
         name: of the template.
@@ -35,32 +24,42 @@ def chat_template(name: str, tokenizer: Any = None) -> str:
     """
     if name not in TEMPLATES:
         raise UsageError(f"--template: expected one of {', '.join(TEMPLATES)}, found {name!r}")
-    template = TEMPLATES[name]
-    before, _, after = template.form.partition("{user}")
-    before_system, _, after_system = before.partition("{system}")
-    answer, again = _NEXT[name]
-    bos = "" if tokenizer is None else _begins_with(tokenizer)
-    text = {
-        "bos": bos + before_system,
-        "system": template.system,
-        "after_system": after_system,
-        "after": after,
-        "answer": answer,
-        "again": again,
-    }
-    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in text.items()}
     wrong = json.dumps(f"{name} takes a system text first, if any, and then user and assistant in turn")
-    return (
-        "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
-        f"{{%- else %}}{{% set system = {quoted['system']} %}}{{% set turns = messages %}}{{% endif -%}}"
-        f"{{{{- {quoted['bos']} + system + {quoted['after_system']} -}}}}"
+    check = (
+        "{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}"
         "{%- for turn in turns -%}"
-        f"{{%- if turn.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}}"
-        f"{{{{- raise_exception({wrong}) -}}}}{{%- endif -%}}"
-        "{%- if turn.role == 'user' -%}"
-        f"{{{{- (turn.content if loop.first else {quoted['again']} + turn.content) + {quoted['after']} -}}}}"
-        f"{{%- else -%}}{{{{- {quoted['answer']} + turn.content -}}}}{{%- endif -%}}"
+        "{%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
+        f"{{{{- raise_exception({wrong}) -}}}}"
+        "{%- endif -%}"
         "{%- endfor -%}"
+    )
+    return check + jinja(TEMPLATES[name], "" if tokenizer is None else _begins_with(tokenizer))
+
+
+def jinja(template: Template, bos: str = "") -> str:
+    """Return what gives what `Template.conversation` gives, with a text before all of it."""
+    before, _, after = template.opening.partition("{system}")
+    user, _, answer = template.turn.partition("{user}")
+    # Where it says so, the model was trained on a space between the colon and the answer, which programs strip.
+    space = " " if answer.endswith((":", "]")) else ""
+    names = {"before": bos + before, "system": template.system, "after": after, "user": user, "answer": answer}
+    text = {name: json.dumps(value, ensure_ascii=False) for name, value in names.items()}
+    end, later = json.dumps(template.end), json.dumps(answer + space)
+    return (
+        f"{{%- set ns = namespace(system={text['system']}, turns=0) -%}}"
+        "{%- for message in messages if message['role'] == 'system' -%}"
+        "{%- set ns.system = message['content'] -%}"
+        "{%- endfor -%}"
+        f"{{{{- {text['before']} + ns.system + {text['after']} -}}}}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}"
+        f"{{{{- ({end} if ns.turns else '') + {text['user']} + message['content'] -}}}}"
+        "{%- set ns.turns = ns.turns + 1 -%}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        f"{{{{- {later} + message['content'] -}}}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {text['answer']} -}}}}{{%- endif -%}}"
     )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk import __version__
+from ropewalk.chat_templates import jinja
 from ropewalk.errors import MissingFileError, MissingPackageError, UsageError
 from ropewalk.patches.webui import known
 from ropewalk.patches.webui.options import NAME, OURS
-from ropewalk.webui.template import jinja
 
 EXTENSION = "ropewalk"
 # The first line of every file that is written; no file without it is ever touched.
