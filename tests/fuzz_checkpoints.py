@@ -842,6 +842,7 @@ def host_state() -> dict[str, Any]:
     """Return what a load that fails must leave as it was: of torch, transformers, accelerate and this process."""
     import transformers
     from torch import nn
+    from transformers import modeling_rope_utils
 
     from ropewalk.loader import apply_rotary, peft_hook
     from ropewalk.patches import transformers as patch
@@ -849,7 +850,8 @@ def host_state() -> dict[str, Any]:
     kept = {
         "replaced rotations": dict(apply_rotary._originals),
         "PEFT": peft_hook.is_enabled(),
-        "patch": dict(patch._originals),
+        "patch": patch.status()["applied"],
+        "rope types": sorted(modeling_rope_utils.ROPE_INIT_FUNCTIONS),
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "grad": torch.is_grad_enabled(),
