@@ -142,7 +142,8 @@ _, events = run(job, out)  # as the attempts find it, with all that the first on
 assert content(out) == right, "two runs differ"
 generator = random.Random(0)
 moments = sorted({1 + i * (events - 1) // (kills - 1) for i in range(kills)})
-attempts = [("at", events)] + [("at", n) for n in moments] + [("delay", generator.random() * took * 1.1) for _ in range(timed)]
+attempts = [("at", n) for n in (events, *moments)]
+attempts += [("delay", generator.random() * took * 1.1) for _ in range(timed)]
 found = {"killed": 0, "finished": 0, "absent": 0, "whole": 0, "left": 0, "events": events}
 before = None  # what is there when an attempt begins
 for i, (kind, value) in enumerate(attempts):
