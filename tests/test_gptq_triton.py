@@ -27,6 +27,12 @@ PLANS = (DECODE, MATMUL, Plan(None, "matmul", block_m=16, block_n=64, gather=Tru
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """The rule compares two largest errors; of few numbers drawn anew each time, one run in many would break it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Fill what the launchers allocate with NaN, so that an element nobody writes shows."""
     empty = torch.empty
