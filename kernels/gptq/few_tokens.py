@@ -24,8 +24,10 @@ log = logging.getLogger("ropewalk")
 
 _HALVES = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 32
-# With more of them, picking their activations in the weight's order costs more than bringing them into it before.
+# With more of them, picking their activations in the weight's order costs more than bringing them into it before; and
+# what is picked from, tokens times K, has to leave shared memory for the rings.
 MOST_IN_ORDER = 4
+MOST_PICKED_FROM = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def few_tokens(
         tiles, warps = tiles // 2, min(2 * warps, 16)
     if bits == 3 and m > 16:
         tiles = min(tiles, 2)  # or registers spill
-    if order is not None and (m > MOST_IN_ORDER or m * k > 1 << 15):
+    if order is not None and (m > MOST_IN_ORDER or m * k > MOST_PICKED_FROM):
         rows, order = rows.index_select(1, order), None
     variant = Variant(
         bits=bits,
