@@ -68,6 +68,7 @@ struct Output {
   int64_t stride;          // elements from a row to the next
   const int64_t* indices;  // row of y for each row of x, or null
   const float* bias;       // [N] or null
+  int64_t origin = 0;      // the column of the product that y begins with
 };
 
 // A matrix [columns][in_features] in float16 or bfloat16.
@@ -113,6 +114,9 @@ struct Kernels {
   // Write a stripe of float32 [K][N]. The layer's rows are those of the result, the weight's scales float32.
   void (*dequantize)(const Layer&, const Weight&, float* to, int64_t stripe);
 };
+
+// out = gate / (1 + e^-gate) * up for n columns, rounded once (gate.cpp).
+void silu_times(const float* gate, const float* up, int64_t n, Dtype dtype, void* out);
 
 // The levels that were compiled, best first; null where the processor lacks one.
 const Kernels* avx512_vnni_kernels();

@@ -1,4 +1,4 @@
-// ropewalk::cpu_linear and ropewalk::cpu_experts, and their way into torch: arguments checked, rows quantized, tiles
+// ropewalk::cpu_linear, cpu_gate_up and cpu_experts, and their way into torch: arguments checked, rows quantized, tiles
 // handed out to torch's threads. The schemas and what the arguments mean are in cpu_ops.py.
 
 #include <ATen/Parallel.h>
@@ -116,8 +116,27 @@ struct Segment {
   const int64_t* targets;
 };
 
-// y = x W + bias for every segment.
-void multiply(const Stack& stack, const std::vector<Segment>& segments, const Input& x, const Output& y, int parts) {
+// A tile of gate and the same columns of up, and the gate applied to them.
+void multiply_gated(const Kernels& level, const Weight& weight, const Activations& activations,
+                    const Segment& segment, int64_t tile, const Output& y, std::vector<float>& scratch) {
+  const int64_t size = segment.rows * kColumns, half = weight.columns / 2;
+  scratch.resize(2 * size);
+  for (const int64_t up : {0, 1}) {
+    const int64_t first = up * half + tile * kColumns;
+    const Output part{scratch.data() + up * size, Dtype::f32, kColumns, nullptr, y.bias, first};
+    level.multiply(weight, activations, segment.rows, first / kColumns, part);
+  }
+  for (int64_t r = 0; r < segment.rows; ++r) {
+    const int64_t row = segment.targets == nullptr ? r : segment.targets[r];
+    const float* gate = scratch.data() + r * kColumns;
+    auto* to = static_cast<char*>(y.y) + (row * y.stride + tile * kColumns) * size_of(y.dtype);
+    silu_times(gate, gate + size, kColumns, y.dtype, to);
+  }
+}
+
+// y = x W + bias for every segment; where W holds gate and up side by side, silu of the first half times the second.
+void multiply(const Stack& stack, const std::vector<Segment>& segments, const Input& x, const Output& y, int parts,
+              bool gated) {
   const Kernels& level = kernels();
   const int64_t blocks = stack.first.blocks, padded = blocks * kBlock;
   int64_t all = 0;
@@ -170,20 +189,26 @@ void multiply(const Stack& stack, const std::vector<Segment>& segments, const In
   }
 
   // Tiles go to whoever is free: neither cores nor their loads are alike.
-  const int64_t items = stack.tiles * static_cast<int64_t>(segments.size());
+  const int64_t tiles = gated ? stack.tiles / 2 : stack.tiles;
+  const int64_t items = tiles * static_cast<int64_t>(segments.size());
   const bool serial = all * stack.in_features * stack.first.columns < kWorthThreads;
   const int64_t workers = serial ? 1 : std::min<int64_t>(at::get_num_threads(), items);
   const int64_t chunk = std::max<int64_t>(1, items / (workers * 16));
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
+    std::vector<float> scratch;
     for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < items;) {
       for (int64_t item = begin; item < std::min(items, begin + chunk); ++item) {
-        const int64_t s = item / stack.tiles;
+        const int64_t s = item / tiles, tile = item % tiles;
         const Segment& segment = segments[s];
         Output out = y;
         out.indices = segment.targets;
         out.bias = stack.bias.empty() ? nullptr : stack.bias.data() + segment.expert * stack.first.columns;
-        level.multiply(stack.weight(segment.expert), activations[s], segment.rows, item % stack.tiles, out);
+        if (gated) {
+          multiply_gated(level, stack.weight(segment.expert), activations[s], segment, tile, out, scratch);
+        } else {
+          level.multiply(stack.weight(segment.expert), activations[s], segment.rows, tile, out);
+        }
       }
     }
   };
@@ -196,16 +221,24 @@ void multiply(const Stack& stack, const std::vector<Segment>& segments, const In
 
 int parts_for(Dtype dtype, bool exact) { return !exact ? 1 : dtype == Dtype::f32 ? 3 : 2; }
 
-Tensor cpu_linear(const Tensor& x, const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
-                  const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, int64_t bits,
-                  int64_t group_size, int64_t out_features, bool exact) {
+// How many columns come of a product; halves that the gate can meet tile by tile.
+int64_t columns_of(int64_t out_features, bool gated) {
+  TORCH_CHECK(!gated || out_features % (2 * kColumns) == 0, "out_features: expected a multiple of ", 2 * kColumns,
+              " for gate and up, found ", out_features);
+  return gated ? out_features / 2 : out_features;
+}
+
+Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
+              const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+              int64_t out_features, bool exact, bool gated) {
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, found none");
   const int64_t in_features = x.size(-1);
   const Stack stack =
       stack_of(words, scales, zeros, rows, bias, bits, group_size, in_features, out_features, false);
   const Dtype dtype = dtype_of(x, "x");
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_features;
+  const int64_t columns = columns_of(out_features, gated);
+  shape.back() = columns;
   Tensor y = at::empty(shape, x.options());
   const int64_t m = in_features == 0 ? 0 : x.numel() / in_features;
   if (m == 0 || y.numel() == 0) return in_features == 0 ? y.zero_() : y;
@@ -218,17 +251,29 @@ Tensor cpu_linear(const Tensor& x, const Tensor& words, const Tensor& scales, co
   for (int64_t start = 0; start < m; start += most) {
     const Input input{static_cast<const char*>(flat.const_data_ptr()) + start * stride * size_of(dtype), dtype,
                       stride, in_features, nullptr};
-    const Output output{static_cast<char*>(y.mutable_data_ptr()) + start * out_features * size_of(dtype), dtype,
-                        out_features, nullptr, nullptr};
-    multiply(stack, {{0, std::min(most, m - start), nullptr, nullptr}}, input, output, parts);
+    const Output output{static_cast<char*>(y.mutable_data_ptr()) + start * columns * size_of(dtype), dtype, columns,
+                        nullptr, nullptr};
+    multiply(stack, {{0, std::min(most, m - start), nullptr, nullptr}}, input, output, parts, gated);
   }
   return y;
+}
+
+Tensor cpu_linear(const Tensor& x, const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
+                  const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, int64_t bits,
+                  int64_t group_size, int64_t out_features, bool exact) {
+  return linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, exact, false);
+}
+
+Tensor cpu_gate_up(const Tensor& x, const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
+                   const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, int64_t bits,
+                   int64_t group_size, int64_t out_features, bool exact) {
+  return linear(x, words, scales, zeros, rows, bias, bits, group_size, out_features, exact, true);
 }
 
 Tensor cpu_experts(const Tensor& x, const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
                    const std::optional<Tensor>& rows, const std::optional<Tensor>& bias, const Tensor& expert_ids,
                    const std::optional<Tensor>& routing_weights, int64_t bits, int64_t group_size,
-                   int64_t out_features, bool exact) {
+                   int64_t out_features, bool exact, bool gate_up) {
   TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "x: expected 2 or 3 dimensions, found ", x.dim());
   TORCH_CHECK(expert_ids.dim() == 2, "expert_ids: expected 2 dimensions, found ", expert_ids.dim());
   const int64_t tokens = x.size(0), top_k = expert_ids.size(1), in_features = x.size(-1);
@@ -258,13 +303,14 @@ Tensor cpu_experts(const Tensor& x, const Tensor& words, const Tensor& scales, c
       segments.push_back({e, static_cast<int64_t>(sources[e].size()), sources[e].data(), targets[e].data()});
     }
   }
+  const int64_t columns = columns_of(out_features, gate_up);
   // Sums over experts are made in float32.
-  Tensor each = at::zeros({tokens, top_k, out_features}, routing_weights ? x.options().dtype(at::kFloat) : x.options());
+  Tensor each = at::zeros({tokens, top_k, columns}, routing_weights ? x.options().dtype(at::kFloat) : x.options());
   const Input input{given.const_data_ptr(), dtype, in_features, in_features, nullptr};
-  const Output output{each.mutable_data_ptr(), routing_weights ? Dtype::f32 : dtype, out_features, nullptr, nullptr};
-  if (in_features > 0 && each.numel() > 0) multiply(stack, segments, input, output, parts_for(dtype, exact));
+  const Output output{each.mutable_data_ptr(), routing_weights ? Dtype::f32 : dtype, columns, nullptr, nullptr};
+  if (in_features > 0 && each.numel() > 0) multiply(stack, segments, input, output, parts_for(dtype, exact), gate_up);
   if (!routing_weights) return each;
-  Tensor total = at::zeros({tokens, out_features}, each.options());
+  Tensor total = at::zeros({tokens, columns}, each.options());
   const Tensor weights = routing_weights->to(at::kFloat).contiguous();
   const auto* weight = static_cast<const float*>(weights.const_data_ptr());
   const auto* from = static_cast<const float*>(each.const_data_ptr());
@@ -274,7 +320,7 @@ Tensor cpu_experts(const Tensor& x, const Tensor& words, const Tensor& scales, c
       for (int64_t k = 0; k < top_k; ++k) {
         const int64_t i = t * top_k + k;
         if (id[i] < 0 || id[i] >= stack.experts) continue;
-        for (int64_t n = 0; n < out_features; ++n) to[t * out_features + n] += weight[i] * from[i * out_features + n];
+        for (int64_t n = 0; n < columns; ++n) to[t * columns + n] += weight[i] * from[i * columns + n];
       }
     }
   });
@@ -291,6 +337,7 @@ void cpu_cap_level(const std::string& name) { cap_level(name); }
 
 TORCH_LIBRARY_IMPL(ropewalk, CPU, m) {
   m.impl("cpu_linear", cpu_linear);
+  m.impl("cpu_gate_up", cpu_gate_up);
   m.impl("cpu_experts", cpu_experts);
 }
 

@@ -289,7 +289,7 @@ inline void write_row(float* sums, const Output& out, int64_t row, int64_t first
   if (out.bias != nullptr) {
     for (int64_t n = 0; n < columns; ++n) sums[n] += out.bias[first + n];
   }
-  const int64_t at = (out.indices != nullptr ? out.indices[row] : row) * out.stride + first;
+  const int64_t at = (out.indices != nullptr ? out.indices[row] : row) * out.stride + first - out.origin;
   if (out.dtype == Dtype::f32) {
     std::memcpy(static_cast<float*>(out.y) + at, sums, columns * sizeof(float));
     return;
