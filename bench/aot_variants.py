@@ -31,7 +31,7 @@ def variants(every: bool = False) -> list[Variant]:
         every: all combinations of width, group size, zero points, dtype and act-order for each plan, instead of
             some in which every pair of choices occurs.
     """
-    return [*_matmuls(every), *_experts(), *_dequantize(every), *_reduce(), *_rope()]
+    return [*_matmuls(every), *_experts(), *_dequantize(every), *_reduce(), *_rope(), *_norm()]
 
 
 def plan_files() -> dict[str, tuple[str, ...]]:
@@ -293,5 +293,31 @@ def _rotate(
         signature=signature,
         constexprs=constants,
         role="rope",
+        num_warps=warps,
+    )
+
+
+def _norm() -> Iterator[Variant]:
+    """Yield the norms of Llama-2 7B and 13B (5120 channels) and of longer rows, with and without what is optional."""
+    yield _normalize("norm-fp16", channels=5120, dtype="fp16")
+    yield _normalize("norm-bf16-order", channels=4096, dtype="bf16", order=True)
+    yield _normalize("norm-fp16-add", channels=5120, dtype="fp16", add=True)
+    yield _normalize("norm-fp16-add-order", channels=5120, dtype="fp16", add=True, order=True)
+    yield _normalize("norm-bf16-add-order", channels=8192, dtype="bf16", add=True, order=True)
+    yield _normalize("norm-fp16-add-order-long", channels=16384, dtype="fp16", add=True, order=True)
+
+
+def _normalize(name: str, channels: int, dtype: str, add: bool = False, order: bool = False) -> Variant:
+    from ropewalk.norm.triton_norm import norm_kernel, plan
+
+    block, warps = plan(channels)
+    absent = ([] if add else ["y", "total"]) + ([] if order else ["order"])
+    return Variant(
+        name=name,
+        kernel=norm_kernel,
+        signature=dict.fromkeys(("x", "y", "weight", "total", "normed"), _POINTERS[dtype])
+        | {"order": "*i32:16", "stride_x": "i32:16", "stride_y": "i32:16", "eps": "fp32"},
+        constexprs={"K": channels, "BLOCK": block, **dict.fromkeys(absent)},
+        role="norm",
         num_warps=warps,
     )
