@@ -308,7 +308,7 @@ def _norm() -> Iterator[Variant]:
 
 
 def _normalize(name: str, channels: int, dtype: str, add: bool = False, order: bool = False) -> Variant:
-    from ropewalk.norm.triton_norm import norm_kernel, plan
+    from ropewalk.norm.triton_norm import MAX_REGISTERS, norm_kernel, plan
 
     block, warps = plan(channels)
     absent = ([] if add else ["y", "total"]) + ([] if order else ["order"])
@@ -320,4 +320,5 @@ def _normalize(name: str, channels: int, dtype: str, add: bool = False, order: b
         constexprs={"K": channels, "BLOCK": block, **dict.fromkeys(absent)},
         role="norm",
         num_warps=warps,
+        maxnreg=MAX_REGISTERS,
     )

@@ -19,6 +19,8 @@ ONE_TILE = 8192
 LONG_TILE = 4096
 # Channels to a thread: 32 bytes of float16.
 EACH = 16
+# Of a thread: all there are for 16 warps. Left to itself ptxas spills a few to stay below a step of occupancy.
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -133,6 +135,7 @@ def launch(
             K=channels,
             BLOCK=block,
             num_warps=warps,
+            **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS}),
         )
 
 
