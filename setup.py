@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 FOLDERS = {
     "ropewalk": "src/ropewalk",
     "ropewalk.rope": "kernels/rope",
+    "ropewalk.norm": "kernels/norm",
     "ropewalk.gptq": "kernels/gptq",
     "ropewalk.cpu": "kernels/cpu",
     "ropewalk.loader": "loader",

@@ -80,7 +80,7 @@ class Variant:
             a pointer divisible by 16, "i32" a number, "i32:1" one that is 1; a tuple of them for a tuple.
         constexprs: the constants, None where an optional argument is left out.
         role: what it is for, which decides what `check` asks of it: "decode", "matmul" (with tensor cores both),
-            "decode-fma" (without), "dequantize", "reduce", "rope", or "peer", of which nothing is asked.
+            "decode-fma" (without), "dequantize", "reduce", "rope", "norm", or "peer", of which nothing is asked.
         weights: arguments that point to the packed weight.
         packed_bytes: how many bytes of it one program reads in one pass of its inner loop; 0 without such a loop.
         num_warps, num_stages, maxnreg: as in a launch; maxnreg is for NVIDIA alone.

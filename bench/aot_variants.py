@@ -12,6 +12,14 @@ from ropewalk.bench.aot import ARCHITECTURES, Variant
 
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 128, -1)
+# Bits, group size, zero points, dtype and act-order, where one choice stands for its width.
+_ONE_OF_EACH = (
+    (2, -1, False, "fp16", True),
+    (3, 128, True, "fp16", True),
+    (4, 32, True, "bf16", True),
+    (4, 128, False, "fp16", True),
+    (8, 128, True, "bf16", False),
+)
 _POINTERS = {"fp16": "*fp16:16", "bf16": "*bf16:16"}
 # Plans named after a device are compiled for its architecture.
 _DEVICES = {
@@ -31,7 +39,7 @@ def variants(every: bool = False) -> list[Variant]:
         every: all combinations of width, group size, zero points, dtype and act-order for each plan, instead of
             some in which every pair of choices occurs.
     """
-    return [*_matmuls(every), *_experts(), *_dequantize(every), *_reduce(), *_rope()]
+    return [*_matmuls(every), *_gate_up(), *_experts(), *_dequantize(every), *_reduce(), *_rope(), *_norm()]
 
 
 def plan_files() -> dict[str, tuple[str, ...]]:
@@ -125,6 +133,23 @@ def _matmul(
     )
 
 
+def _gate_up() -> Iterator[Variant]:
+    """Yield gate and up in one for every plan with tensor cores, with one choice for each width: the loop is that of
+    the matmul.
+    """
+    from ropewalk.gptq.plans import read_plans
+    from ropewalk.gptq.triton_gate_up import gate_up_kernel
+
+    for name, architectures in plan_files().items():
+        plans = read_plans(name)
+        assert plans is not None  # its name comes from the folder
+        for plan, choice in product(plans.plans, _ONE_OF_EACH):
+            if plan.kernel == "matmul" and plans.choose(plan.max_m or 1 << 30, choice[0]) is plan:
+                one = _matmul(name, plan, architectures, *choice)
+                constants = {key: value for key, value in one.constexprs.items() if key in gate_up_kernel.arg_names}
+                yield replace(one, name=one.name.replace("/", "/gate-up-"), kernel=gate_up_kernel, constexprs=constants)
+
+
 def _experts() -> Iterator[Variant]:
     """Yield the matmul of experts for every plan that it can have, with one choice for each width: the loop is that
     of the matmul. Where a plan is for few tokens their assignments are not sorted. Then what stands around it.
@@ -133,17 +158,10 @@ def _experts() -> Iterator[Variant]:
     from ropewalk.gptq.triton_align import align_kernel
     from ropewalk.gptq.triton_experts import MAX_REGISTERS, combine_kernel, experts_kernel, gather_kernel
 
-    choices = (
-        (2, -1, False, "fp16", True),
-        (3, 128, True, "fp16", True),
-        (4, 32, True, "bf16", True),
-        (4, 128, False, "fp16", True),
-        (8, 128, True, "bf16", False),
-    )
     for name, architectures in plan_files().items():
         plans = read_plans(name)
         assert plans is not None  # its name comes from the folder
-        for plan, choice in product(plans.plans, choices):
+        for plan, choice in product(plans.plans, _ONE_OF_EACH):
             if plan.kernel != "dense" and plans.choose(plan.max_m or 1 << 30, choice[0]) is plan:
                 one = _matmul(name, plan, architectures, *choice)
                 few = plan.kernel == "decode" or (plan.max_m is not None and plan.max_m <= 8)
@@ -212,8 +230,17 @@ def _dequantize(every: bool) -> Iterator[Variant]:
 
 
 def _reduce() -> Iterator[Variant]:
+    from ropewalk.gptq.triton_gate_up import reduce_gate_up_kernel
     from ropewalk.gptq.triton_reduce import reduce_kernel
 
+    for parts, split in (("*fp16:16", 1), ("*fp32:16", 4)):
+        yield Variant(
+            name=f"reduce-gate-up-{split}{'-bias' if split > 1 else ''}",
+            kernel=reduce_gate_up_kernel,
+            signature={"parts": parts, "bias": "*fp16:16", "out": "*fp16:16", "size": "i32:16", "N": "i32:16"},
+            constexprs={"HAS_BIAS": split > 1, "SPLIT_K": split, "BLOCK": 512},
+            role="reduce",
+        )
     for split, bias in ((2, False), (16, True)):
         yield Variant(
             name=f"reduce-{split}{'-bias' if bias else ''}",
@@ -294,4 +321,31 @@ def _rotate(
         constexprs=constants,
         role="rope",
         num_warps=warps,
+    )
+
+
+def _norm() -> Iterator[Variant]:
+    """Yield the norms of Llama-2 7B and 13B (5120 channels) and of longer rows, with and without what is optional."""
+    yield _normalize("norm-fp16", channels=5120, dtype="fp16")
+    yield _normalize("norm-bf16-order", channels=4096, dtype="bf16", order=True)
+    yield _normalize("norm-fp16-add", channels=5120, dtype="fp16", add=True)
+    yield _normalize("norm-fp16-add-order", channels=5120, dtype="fp16", add=True, order=True)
+    yield _normalize("norm-bf16-add-order", channels=8192, dtype="bf16", add=True, order=True)
+    yield _normalize("norm-fp16-add-order-long", channels=16384, dtype="fp16", add=True, order=True)
+
+
+def _normalize(name: str, channels: int, dtype: str, add: bool = False, order: bool = False) -> Variant:
+    from ropewalk.norm.triton_norm import MAX_REGISTERS, norm_kernel, plan
+
+    block, warps = plan(channels)
+    absent = ([] if add else ["y", "total"]) + ([] if order else ["order"])
+    return Variant(
+        name=name,
+        kernel=norm_kernel,
+        signature=dict.fromkeys(("x", "y", "weight", "total", "normed"), _POINTERS[dtype])
+        | {"order": "*i32:16", "stride_x": "i32:16", "stride_y": "i32:16", "eps": "fp32"},
+        constexprs={"K": channels, "BLOCK": block, **dict.fromkeys(absent)},
+        role="norm",
+        num_warps=warps,
+        maxnreg=MAX_REGISTERS,
     )

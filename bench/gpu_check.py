@@ -2,10 +2,10 @@
 
     python -m ropewalk.bench.gpu_check [--device cuda] [--small] [--workers N]
 
-Every bit width, group size, order and zero point. With --small at sizes for which compute-sanitizer has the
-patience, and without graphs, which torch cannot capture with its allocator out of the sanitizer's way. Nearly all
-of the time goes into compiling, which several workers share. Prints a line for each failure and one at the end; exits
-with 1 if there was a failure.
+Packed layers of every bit width, group size, order and zero point; rotations; norms. With --small at sizes for which
+compute-sanitizer has the patience, and without graphs, which torch cannot capture with its allocator out of the
+sanitizer's way. Nearly all of the time goes into compiling, which several workers share. Prints a line for each failure
+and one at the end; exits with 1 if there was a failure.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch.nn import functional
 from torch.nn.functional import linear
 
 from ropewalk.bench.peers.ours import Ropewalk
@@ -28,6 +29,8 @@ from ropewalk.bench.peers.weight import random_weight
 from ropewalk.bench.report import largest_error, verdict
 from ropewalk.bench.rope import Heads, make_inputs
 from ropewalk.bench.timing import Rotation
+from ropewalk.norm.ops import DTYPES
+from ropewalk.norm.reference import rms_norm
 from ropewalk.rope.reference import rope
 
 
@@ -46,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     count, failures = 0, 0
     mine = slice(args.part or 0, None, args.workers)
     with torch.inference_mode():
-        for name, fault in itertools.chain(_matmuls(device, args.small, mine), _rotations(device, args.small, mine)):
+        for name, fault in itertools.chain(
+            *(part(device, args.small, mine) for part in (_matmuls, _rotations, _norms))
+        ):
             count += 1
             if fault:
                 failures += 1
@@ -128,6 +133,36 @@ def _rotations(device: torch.device, small: bool, mine: slice) -> Iterator[tuple
                 yield name, f"off by {largest_error(first, exact):.3g}, expected at most {tolerance:.3g}"
             else:
                 yield name, ""
+
+
+def _norms(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str, str]]:
+    """Yield the name of each case that is ours to check, and what is wrong with it, or ""."""
+    channels = (96, 9000) if small else (96, 4096, 5120, 8192, 13824, 32768)
+    for k, tokens, dtype, ordered in list(itertools.product(channels, (1, 7, 300), DTYPES, (False, True)))[mine]:
+        x, y, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((tokens, k), (tokens, k), (k,)))
+        order = torch.randperm(k, device=device).int() if ordered else None
+        # The norm of the sum as it was rounded, which is exactly torch's.
+        normed = functional.rms_norm((x + y).double(), (k,), weight.double(), 1e-5)
+        exact = torch.cat([(x + y).double(), normed if order is None else normed[:, order.long()]])
+        largest = float(exact.abs().max())
+        tolerance = 2 * largest_error(torch.cat([x + y, rms_norm(x + y, weight, 1e-5, order)]), exact) + 1e-5 * largest
+        name = f"add_rms_norm, {tokens}x{k}, {dtype}, order {ordered}"
+
+        def run(*given: torch.Tensor | None) -> torch.Tensor:
+            return torch.cat(torch.ops.ropewalk.add_rms_norm(*given[:3], 1e-5, given[3]))
+
+        given = (x, y, weight, order)
+        first, second = run(*given), run(*given)
+        if not torch.equal(first, second):
+            yield name, "a second run gives other bits"
+        elif not torch.equal(first[:tokens], x + y):
+            yield name, "the sum is not torch's"
+        elif not small and (fault := _graph(partial(run, *given), first, device)):
+            yield name, fault
+        elif verdict(largest_error(first, exact), tolerance, largest) != "ok":
+            yield name, f"off by {largest_error(first, exact):.3g}, expected at most {tolerance:.3g}"
+        else:
+            yield name, ""
 
 
 def _graph(call: Callable[[], torch.Tensor], expected: torch.Tensor, device: torch.device) -> str:

@@ -68,7 +68,7 @@ if [ "$install" ]; then
     fi
     if ! "${pip[@]}" -e . >>"$work/log" 2>&1; then
         mkdir -p "$work/links/ropewalk"
-        ln -s "$PWD"/src/ropewalk/* "$PWD"/kernels/rope "$PWD"/kernels/gptq "$PWD"/kernels/cpu "$PWD"/loader "$PWD"/patches "$PWD"/bench "$work/links/ropewalk/"
+        ln -s "$PWD"/src/ropewalk/* "$PWD"/kernels/rope "$PWD"/kernels/norm "$PWD"/kernels/gptq "$PWD"/kernels/cpu "$PWD"/loader "$PWD"/patches "$PWD"/bench "$work/links/ropewalk/"
         if [ "${python#"$work"}" != "$python" ]; then
             echo "$work/links" >"$("$python" -c "$purelib")/ropewalk.pth"
         else

@@ -2,6 +2,7 @@
 // asynchronous copy happens when it is waited for, and not before, so that a kernel that reads too early reads poison.
 #include <algorithm>
 #include <barrier>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <functional>

@@ -352,7 +352,7 @@ def test_our_kernels_follow_the_rules():
         assert keys | {"instructions_per_byte"} <= set(one)
         assert one["instructions_per_byte"] is not None or one["role"] not in ("decode", "decode-fma", "matmul")
     kinds = {(r["role"], r["arch"]) for r in found["kernels"]}
-    assert kinds >= set(product(("decode", "matmul", "dequantize", "reduce", "rope"), ("sm_80", "sm_90")))
+    assert kinds >= set(product(("decode", "matmul", "dequantize", "reduce", "rope", "norm"), ("sm_80", "sm_90")))
 
 
 def test_the_table():

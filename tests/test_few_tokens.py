@@ -11,7 +11,7 @@ import torch
 
 from ropewalk.bench.peers.weight import random_weight
 from ropewalk.gptq.few_tokens import Variant, available
-from ropewalk.gptq.layout import bit_planes, row_order, rows_per_block, to_execution
+from ropewalk.gptq.layout import bit_planes, gate_and_up, row_order, rows_per_block, to_execution
 from ropewalk.gptq.plans import Plan
 from ropewalk.gptq.triton_linear import packed_linear
 
@@ -46,9 +46,16 @@ CASES = [
     (8, 128, False, True, 1, "bfloat16", "bfloat16", True, 1, 2, 3, 1, 384),
     (8, -1, True, False, 17, "bfloat16", "float16", False, 1, 2, 3, 1, 192),
 ]
+# Those that are computed as gate and up too: every width, groups in and over a block or none, orders, parts, biases.
+GATED = [CASES[i] for i in (1, 3, 4, 8, 10, 14)]
+CASES = [(case, False) for case in CASES] + [(case, True) for case in GATED]
 
 
-def problem(case, device="cpu"):
+def case_name(value):
+    return "gate_up" if value is True else "" if value is False else "-".join(map(str, value))
+
+
+def problem(case, gate_up=False, device="cpu"):
     bits, group_size, sym, act_order, m, dtype, scale_dtype, bias, tiles, *_, k = case
     n = 16 * tiles * 2
     weight = random_weight(k, n, bits=bits, group_size=group_size, desc_act=act_order, sym=sym, device=device)
@@ -63,7 +70,14 @@ def problem(case, device="cpu"):
     point = (weight.zeros() if zeros is not None else torch.full_like(weight.scales, 1 << (bits - 1)))[rows]
     dense = (weight.codes().double() - point.double()) * scales.double()[rows]
     expected = x.double() @ dense + (b.double() if bias else 0)
+    if gate_up:
+        expected = silu_times(expected)
     return (x, words, scales, zeros, order, b), expected
+
+
+def silu_times(y):
+    gate, up = gate_and_up(y)
+    return torch.nn.functional.silu(gate) * up
 
 
 def agree(found, expected, dtype):
@@ -74,10 +88,10 @@ def agree(found, expected, dtype):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_emulated(case, tmp_path):
+@pytest.mark.parametrize(("case", "gate_up"), CASES, ids=case_name)
+def test_emulated(case, gate_up, tmp_path):
     bits, group_size, sym, _, m, dtype, scale_dtype, bias, tiles, warps, stages, parts, k = case
-    (x, words, scales, zeros, order, b), expected = problem(case)
+    (x, words, scales, zeros, order, b), expected = problem(case, gate_up)
     n = words.shape[1]
     variant = Variant(
         bits=bits,
@@ -92,6 +106,7 @@ def test_emulated(case, tmp_path):
         tokens=-(-m // 8),
         warps=warps,
         stages=stages,
+        gate_up=gate_up,
     )
     (tmp_path / "run.cpp").write_text(f'#include "{SOURCE}"\n{ENTRY}')
     header = f'-DROPEWALK_EMULATED="{HERE / "emulated_cuda.h"}"'
@@ -101,7 +116,7 @@ def test_emulated(case, tmp_path):
     low, high = bit_planes(words, bits)
     each = math.ceil(math.ceil(k / rows_per_block(bits)) / parts)
     split = parts > 1
-    shape = (parts, m, n) if split else (m, n)
+    shape = (parts, m, n) if split else (m, n // 2 if gate_up else n)
     out = torch.full(shape, float("nan"), dtype=torch.float32 if split else x.dtype)
     pointers = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, low, high, scales, zeros, order, b, out)
@@ -109,7 +124,8 @@ def test_emulated(case, tmp_path):
     sizes = [m, n, k, ctypes.c_longlong(x.stride(0)), each, n // (16 * tiles), parts, variant.shared_bytes(m, k)]
     run(*pointers, *sizes)
     if split:
-        out = (out.sum(0) + (b.float() if bias else 0)).to(x.dtype)
+        out = out.sum(0) + (b.float() if bias else 0)
+        out = (silu_times(out) if gate_up else out).to(x.dtype)
     agree(out, expected, dtype)
 
 
@@ -117,7 +133,7 @@ def test_emulated(case, tmp_path):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_compiles_without_spills(arch, tmp_path):
     # The settings of the plans that ship, and the widest that they lead to.
-    settings = [(4, 128, 2, 1, False)]
+    settings = [(4, 128, 2, 1, False), (4, 128, 2, 1, True)]
     if arch == "sm_90":
         settings += [
             (4, 128, 4, 4, True),
@@ -140,6 +156,7 @@ def test_compiles_without_spills(arch, tmp_path):
             tokens=tokens,
             warps=8,
             stages=4,
+            gate_up=x_bf16,
         )
         command = ["nvcc", "-cubin", "-std=c++17", f"-arch={arch}", "-Xptxas", "-v", *variant.defines()]
         done = subprocess.run(
@@ -150,12 +167,12 @@ def test_compiles_without_spills(arch, tmp_path):
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and available()), reason="needs a GPU, cuda-bindings and NVRTC")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_on_a_gpu(case):
+@pytest.mark.parametrize(("case", "gate_up"), CASES, ids=case_name)
+def test_on_a_gpu(case, gate_up):
     bits, group_size, *_, dtype, _, _, tiles, warps, stages, parts, _ = case
-    (x, words, scales, zeros, order, b), expected = problem(case, "cuda")
+    (x, words, scales, zeros, order, b), expected = problem(case, gate_up, "cuda")
     plan = Plan(32, "cuda", block_n=16 * tiles, num_warps=warps, num_stages=stages)
-    settings = {"bits": bits, "group_size": group_size, "plan": plan, "split": parts}
+    settings = {"bits": bits, "group_size": group_size, "plan": plan, "split": parts, "gate_up": gate_up}
     y = packed_linear(x, words, scales, zeros, order, b, **settings)
     agree(y, expected, dtype)
     assert torch.equal(y, packed_linear(x, words, scales, zeros, order, b, **settings))
@@ -166,6 +183,6 @@ def test_on_a_gpu(case):
 @pytest.mark.parametrize("m", [1, 4, 8, 32])
 def test_large_layers_on_a_gpu(m, k):
     case = (4, 128, True, True, m, "float16", "float16", False, 2, 8, 4, 1, k)
-    (x, words, scales, zeros, order, b), expected = problem(case, "cuda")
+    (x, words, scales, zeros, order, b), expected = problem(case, device="cuda")
     plan = Plan(32, "cuda", block_n=32, num_warps=8, num_stages=4)
     agree(packed_linear(x, words, scales, zeros, order, b, bits=4, group_size=128, plan=plan), expected, "float16")

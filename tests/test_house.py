@@ -14,9 +14,10 @@ import ropewalk
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module may import from its own floor and those below; `errors` and `templates` lie under them all.
-FLOORS = [("rope", "gptq", "cpu"), ("loader",), ("patches",), ("bench",), ("face",)]
+FLOORS = [("rope", "norm", "gptq", "cpu"), ("loader",), ("patches",), ("bench",), ("face",)]
 FOLDERS = {
     "kernels/rope": "rope",
+    "kernels/norm": "norm",
     "kernels/gptq": "gptq",
     "kernels/cpu": "cpu",
     "loader": "loader",
@@ -43,7 +44,7 @@ def floor_of(module):
         return None
     if len(parts) == 1 or parts[1] in ("errors", "templates", "__version__"):
         return None
-    return parts[1] if parts[1] in {"rope", "gptq", "cpu", "loader", "patches", "bench"} else "face"
+    return parts[1] if parts[1] in {"rope", "norm", "gptq", "cpu", "loader", "patches", "bench"} else "face"
 
 
 def rank(floor):
@@ -61,7 +62,7 @@ def test_nothing_imports_upwards(folder):
             # The face may use everything; bench stands beside it and may too.
             if floor is not None and mine != "bench":
                 assert rank(floor) <= rank(mine), f"{path.relative_to(ROOT)} imports {module}"
-            if mine in ("rope", "gptq", "cpu"):
+            if mine in FLOORS[0]:
                 assert module.split(".")[0] in KERNELS_MAY_IMPORT, f"{path.relative_to(ROOT)} imports {module}"
 
 

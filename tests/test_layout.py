@@ -12,10 +12,15 @@ from ropewalk.gptq.layout import (
     PLANE,
     WORDS,
     bit_planes,
+    gate_and_up,
+    gate_and_up_words,
+    interleave,
+    interleave_words,
     row_order,
     rows_per_block,
     side_by_side,
     supports,
+    take_columns,
     to_checkpoint,
     to_execution,
     unpack_execution,
@@ -92,6 +97,37 @@ def test_row_order():
 def test_which_group_sizes_a_plane_never_straddles():
     assert all(supports(group_size, 256) for group_size in (-1, 32, 64, 96, 128, 256, 1000))
     assert not any(supports(group_size, 256) for group_size in (1, 8, 16, 48, 100))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [32, 36, 4])
+def test_gate_and_up_take_turns(bits, columns):
+    gate, up = (torch.randint(0, 1 << bits, (96, columns)) for _ in range(2))
+    scales = torch.rand(2, 3, columns)
+    both = interleave(*scales)
+    # Column c is in run c // 8; the last run is as wide as what remains.
+    for c in range(columns):
+        first, width = 2 * (c // 8 * 8), min(8, columns - c // 8 * 8)
+        assert torch.equal(both[:, first + c % 8], scales[0, :, c])
+        assert torch.equal(both[:, first + width + c % 8], scales[1, :, c])
+    for found, expected in zip(gate_and_up(both), scales, strict=True):
+        assert torch.equal(found, expected)
+    words = [to_execution(pack(codes, bits), bits) for codes in (gate, up)]
+    together = interleave_words(*words, bits)
+    assert torch.equal(unpack_execution(together, bits)[:96], interleave(gate, up).to(torch.uint8))
+    for found, expected in zip(gate_and_up_words(together, bits), words, strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(FormatError, match="up as gate"):
+        interleave_words(words[0], to_execution(pack(up[:, : columns // 2], bits), bits), bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_columns_taken(bits):
+    qweight = random_words(288, 64, bits)
+    columns = torch.randperm(64)[:48]
+    assert torch.equal(
+        take_columns(to_execution(qweight, bits), columns, bits), to_execution(qweight[:, columns], bits)
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -5,7 +5,7 @@ import torch
 
 import ropewalk.gptq.ops  # noqa: F401
 from ropewalk.gptq.format import BITS, dequantize, unpack
-from ropewalk.gptq.layout import row_order, to_execution
+from ropewalk.gptq.layout import gate_and_up, row_order, to_execution
 from ropewalk.gptq.rtn import quantize_rtn
 
 K, N = 96, 64
@@ -132,7 +132,7 @@ def test_gate_and_up_in_one(bits):
     packed = (to_execution(qweight, bits, order), scales, unpack(qzeros, bits, dim=1), order, bias, bits, group_size)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     y = torch.ops.ropewalk.packed_gate_up(ours, *packed)
-    gate, up = torch.ops.ropewalk.packed_linear(theirs, *packed).chunk(2, dim=-1)
+    gate, up = gate_and_up(torch.ops.ropewalk.packed_linear(theirs, *packed))
     expected = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
     grad = torch.randn_like(y)

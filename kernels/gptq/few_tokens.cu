@@ -15,6 +15,8 @@
 //   BITS 2, 3, 4 or 8; GROUP rows of a group, 0 for one group; HAS_ZEROS, HAS_ORDER 0 or 1
 //   X_BF16, SCALE_BF16, BIAS_BF16 whether they are bfloat16, float16 otherwise; HAS_BIAS 0 or 1
 //   TILES of 16 columns, TOKENS / 8, WARPS, STAGES of the ring
+//   GATE_UP whether W holds gate and up, eight columns of each by turns (layout.interleave), and the result is
+//   silu(x @ gate) * (x @ up)
 // GROUP and the rows of a block divide one another; N is a multiple of 16 * TILES.
 
 typedef unsigned int u32;
@@ -251,11 +253,19 @@ __device__ __forceinline__ void segments(float (*total)[TOKENS][4], const uint4*
     }
 }
 
+// Add what the warps have of a sum, in their order.
+__device__ __forceinline__ float added(const float* sums, const u16* scales, int column) {
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += sums[w * 8 * TOKENS * COLUMNS];
+    return GROUP == 0 ? sum * to_float<SCALE_BF16>(scales[column]) : sum;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     few_tokens(const u16* x, const int* low, const u16* high, const u16* scales, const u8* zeros, const int* order,
                const u16* bias, void* out, int M, int N, int K, i64 stride_x, int each) {
     // Grid (N / COLUMNS, parts): part p has the blocks from p * each on. With one part out is [M, N] in x's dtype,
     // otherwise float32 [parts, M, N] without bias.
+    // With GATE_UP the one part is [M, N / 2].
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int blocks = (K + ROWS - 1) / ROWS, first = blockIdx.y * each, last = min(first + each, blocks);
     const int size = ROWS_HERE + (HAS_ORDER ? ROWS * 4 : M * TOKEN);  // of a stage
@@ -326,11 +336,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 sums[(warp * 8 * TOKENS + token) * COLUMNS + column] = total[j][i][c];
             }
     __syncthreads();
+    if (GATE_UP && gridDim.y == 1) {
+        for (int i = threadIdx.x; i < M * COLUMNS / 2; i += THREADS) {
+            const int kept = i % (COLUMNS / 2), m = i / (COLUMNS / 2), column = kept / 8 * 8 + kept;
+            const int n = blockIdx.x * COLUMNS + column;
+            float gate = added(sums + m * COLUMNS + column, scales, n);
+            float up = added(sums + m * COLUMNS + column + 8, scales, n + 8);
+            if (HAS_BIAS) gate += to_float<BIAS_BF16>(bias[n]), up += to_float<BIAS_BF16>(bias[n + 8]);
+            const float result = gate / (1 + expf(-gate)) * up;
+            ((u16*)out)[(i64)m * (N / 2) + blockIdx.x * (COLUMNS / 2) + kept] = from_float<X_BF16>(result);
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < M * COLUMNS; i += THREADS) {
-        int n = blockIdx.x * COLUMNS + i % COLUMNS, m = i / COLUMNS;
-        float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += sums[w * 8 * TOKENS * COLUMNS + i];
-        if (GROUP == 0) sum *= to_float<SCALE_BF16>(scales[n]);
+        const int n = blockIdx.x * COLUMNS + i % COLUMNS, m = i / COLUMNS;
+        float sum = added(sums + i, scales, n);
         if (gridDim.y > 1) {
             ((float*)out)[((i64)blockIdx.y * M + m) * N + n] = sum;
         } else {

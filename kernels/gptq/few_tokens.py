@@ -46,6 +46,7 @@ class Variant:
     tokens: int
     warps: int
     stages: int
+    gate_up: bool
 
     def defines(self) -> list[str]:
         """Return them as arguments of a compiler."""
@@ -103,6 +104,7 @@ def few_tokens(
     warps: int,
     stages: int,
     split: int,
+    gate_up: bool = False,
 ) -> Tensor:
     """Return rows @ W + bias, [M, N] in x's dtype; with more than one part their sums, float32 [split, M, N].
 
@@ -112,6 +114,8 @@ def few_tokens(
         warps: of a program, which share K; more where there are fewer tiles, fewer where shared memory is short.
         stages: of a warp's ring: blocks that are in shared memory or on their way there; fewer where it is short.
         split: into how many parts K is split besides.
+        gate_up: W is as `layout.interleave_words` puts it: return silu(x @ gate) * (x @ up), [M, N / 2]; of more
+            than one part the sums as without.
     """
     m, k = rows.shape
     n = words.shape[1]
@@ -135,6 +139,7 @@ def few_tokens(
         tokens=-(-m // 8),
         warps=warps,
         stages=stages,
+        gate_up=gate_up,
     )
     if rows.stride(0) % 8 or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
@@ -147,7 +152,8 @@ def few_tokens(
     blocks = -(-k // variant.rows)
     each = -(-blocks // split)
     parts = -(-blocks // each)
-    shape, dtype = ((m, n), rows.dtype) if parts == 1 else ((parts, m, n), torch.float32)
+    kept = n // 2 if gate_up else n
+    shape, dtype = ((m, kept), rows.dtype) if parts == 1 else ((parts, m, n), torch.float32)
     out = torch.empty(shape, dtype=dtype, device=rows.device)
     low, high = bit_planes(words, bits)
     tensors = (rows, low, low if high is None else high, scales, zeros, order, bias, out)

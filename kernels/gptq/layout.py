@@ -30,6 +30,7 @@ from ropewalk.gptq.format import is_sequential, pack, unpack
 
 WORDS = 16  # of a column in a block
 PLANE = 2 * WORDS  # rows
+RUN = 8  # columns of gate, and then the same of up, in a weight that holds both
 HIGH_BIT = (0, 2, 4, 6, 1, 3, 5, 7)
 _LOW_BITS = {2: 2, 3: 2, 4: 4, 8: 8}
 
@@ -164,6 +165,61 @@ def side_by_side(weights: Sequence[Tensor], bits: int) -> Tensor:
     if bits == 3:
         flat = torch.cat((flat, torch.cat(highs, dim=1).flatten().view(torch.int32)))
     return flat.reshape(-1, columns)
+
+
+def take_columns(words: Tensor, columns: Tensor, bits: int) -> Tensor:
+    """Return the weight that has some columns of another, int64 [n], in that order; for 3 bits an even number."""
+    low, high = bit_planes(words, bits)
+    flat = low.index_select(1, columns).flatten()
+    if high is not None:
+        flat = torch.cat((flat, high.index_select(1, columns).flatten().view(torch.int32)))
+    return flat.reshape(-1, len(columns))
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Return what a gated MLP's two projections have for each column, [..., N / 2] each, as one [..., N].
+
+    Eight columns of gate, the same eight of up, and so on; the last two runs are as wide as what remains. Rows g and
+    g + 8 of a tensor core's tile are then both halves of one result, and one thread has them. For scales, zero
+    points, biases and results; for words `interleave_words`.
+    """
+    half = gate.shape[-1]
+    whole = half // RUN * RUN
+    runs = [t[..., :whole].unflatten(-1, (whole // RUN, RUN)) for t in (gate, up)]
+    both = torch.stack(runs, dim=-2).flatten(-3)
+    return both if whole == half else torch.cat((both, gate[..., whole:], up[..., whole:]), dim=-1)
+
+
+def gate_and_up(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert `interleave`."""
+    half = both.shape[-1] // 2
+    whole = half // RUN * RUN
+    gate, up = both[..., : 2 * whole].unflatten(-1, (whole // RUN, 2, RUN)).unbind(-2)
+    if whole == half:
+        return gate.flatten(-2), up.flatten(-2)
+    more_gate, more_up = both[..., 2 * whole :].chunk(2, dim=-1)
+    return torch.cat((gate.flatten(-2), more_gate), dim=-1), torch.cat((up.flatten(-2), more_up), dim=-1)
+
+
+def interleave_words(gate: Tensor, up: Tensor, bits: int) -> Tensor:
+    """Return one weight that has the columns of two, as `interleave` puts them.
+
+    Args:
+        gate, up: words as `to_execution` returns them, of one shape, whose rows are in one order.
+
+    Raises:
+        FormatError: words of different shapes.
+    """
+    if gate.shape != up.shape:
+        raise FormatError("words", f"up as gate, {list(gate.shape)}", list(up.shape))
+    columns = torch.arange(2 * gate.shape[1], device=gate.device)
+    return take_columns(side_by_side((gate, up), bits), interleave(*columns.chunk(2)), bits)
+
+
+def gate_and_up_words(both: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Invert `interleave_words`."""
+    gate, up = gate_and_up(torch.arange(both.shape[1], device=both.device))
+    return take_columns(both, gate, bits), take_columns(both, up, bits)
 
 
 def _pack_planes(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

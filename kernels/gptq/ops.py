@@ -177,7 +177,8 @@ def packed_gate_up(
 ) -> Tensor:
     """Return silu(x @ gate) * (x @ up), [..., N / 2] in x's dtype.
 
-    The arguments are those of `packed_linear` for gate and up side by side (`layout.side_by_side`), gate first.
+    The arguments are those of `packed_linear` for one weight that holds both: words from `layout.interleave_words`,
+    scales, zeros and bias from `layout.interleave`.
     """
     if x.is_cuda:
         from ropewalk.gptq import triton_linear

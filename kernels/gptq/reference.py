@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from ropewalk.gptq.format import dequantize, sequential_g_idx
-from ropewalk.gptq.layout import unpack_execution
+from ropewalk.gptq.layout import gate_and_up, interleave, unpack_execution
 
 
 def gptq_linear(
@@ -75,14 +75,14 @@ def packed_weight(
 
 
 def gated(y: Tensor) -> Tensor:
-    """Return silu(gate) * up, [..., N / 2] in y's dtype, for the two halves of y [..., N]; computed in float32."""
-    gate, up = y.float().chunk(2, dim=-1)
+    """Return silu(gate) * up, [..., N / 2] in y's dtype, for y [..., N] (`layout.interleave`); computed in float32."""
+    gate, up = gate_and_up(y.float())
     return (silu(gate) * up).to(y.dtype)
 
 
 def gated_grad(grad: Tensor, y: Tensor) -> Tensor:
     """Return the gradient of `gated` with respect to y, [..., N] in y's dtype, for grad [..., N / 2]."""
-    gate, up = y.float().chunk(2, dim=-1)
+    gate, up = gate_and_up(y.float())
     sigmoid = gate.sigmoid()
     through_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat((through_gate, grad * gate * sigmoid), dim=-1).to(y.dtype)
+    return interleave(through_gate, grad * gate * sigmoid).to(y.dtype)

@@ -1,7 +1,7 @@
 """silu(x @ gate) * (x @ up) in one launch, for the two projections of a gated MLP that share an order of rows.
 
-The weights stand side by side in one (`layout.side_by_side`), gate's columns first. A program computes the same
-columns of both, so that what lies between them is never written.
+Their columns take turns in one weight, eight by eight (`layout.interleave`). A tile of the product then holds both
+halves of each of its results, on tensor cores in the same thread, and what lies between them is never written.
 """
 
 from __future__ import annotations
@@ -43,45 +43,43 @@ def gate_up_kernel(
     PLANES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Out [M, N / 2]; the rest as for `matmul_kernel`. The grid is (tokens, columns of gate)."""
-    half = N // 2
+    """Out [M, N / 2]; the rest as for `matmul_kernel`. N and BLOCK_N are multiples of 16."""
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = x + m.to(tl.int64) * stride_x
-    here = m < M
-    # Columns of gate from `half` on are up's; what they compute is not stored.
-    gate = weight_times_rows(
-        *(rows, here, low, high, scales, zeros, order, n, N, K, 0),
-        *(BITS, GROUP, HAS_ZEROS, HAS_ORDER, BLOCK_M, BLOCK_N, WORDS, PLANES, 1, DTYPE),
-    )
-    up = weight_times_rows(
-        *(rows, here, low, high, scales, zeros, order, n + half, N, K, 0),
+    total = weight_times_rows(
+        *(x + m.to(tl.int64) * stride_x, m < M, low, high, scales, zeros, order, n, N, K, 0),
         *(BITS, GROUP, HAS_ZEROS, HAS_ORDER, BLOCK_M, BLOCK_N, WORDS, PLANES, 1, DTYPE),
     )
     if HAS_BIAS:
-        gate += tl.load(bias + n, mask=n < half, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(bias + half + n, mask=n < half, other=0.0).to(tl.float32)[:, None]
-    result = silu_times(gate, up).to(out.dtype.element_ty)
-    tl.store(out + m.to(tl.int64)[None, :] * half + n[:, None], result, mask=(n < half)[:, None] & here[None, :])
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    runs = tl.permute(tl.reshape(total, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+    gate, up = tl.split(runs)
+    result = tl.reshape(silu_times(gate, up).to(out.dtype.element_ty), (BLOCK_N // 2, BLOCK_M))
+    column = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    here = (column < N // 2)[:, None] & (m < M)[None, :]
+    tl.store(out + m.to(tl.int64)[None, :] * (N // 2) + column[:, None], result, mask=here)
 
 
 @triton.jit
 def reduce_gate_up_kernel(
     parts, bias, out, size, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add parts float32 [SPLIT_K, M, N] of the product in order, then as above: out [M, N / 2], size M * N / 2."""
+    """Add parts [SPLIT_K, M, N] of the product in order, then as above: out [M, N / 2], size M * N / 2, any even N."""
     half = N // 2
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = offsets < size
     column = offsets % half
-    pointers = parts + offsets // half * N + column
-    gate = tl.load(pointers, mask=here, other=0.0)
-    up = tl.load(pointers + half, mask=here, other=0.0)
+    first = column // 8 * 8  # of the run
+    at = first + column
+    width = tl.minimum(half - first, 8)
+    pointers = parts + offsets // half * N + at
+    gate = tl.load(pointers, mask=here, other=0.0).to(tl.float32)
+    up = tl.load(pointers + width, mask=here, other=0.0).to(tl.float32)
     for _ in range(1, SPLIT_K):
         pointers += size * 2
-        gate += tl.load(pointers, mask=here, other=0.0)
-        up += tl.load(pointers + half, mask=here, other=0.0)
+        gate += tl.load(pointers, mask=here, other=0.0).to(tl.float32)
+        up += tl.load(pointers + width, mask=here, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        gate += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
-        up += tl.load(bias + half + column, mask=here, other=0.0).to(tl.float32)
+        gate += tl.load(bias + at, mask=here, other=0.0).to(tl.float32)
+        up += tl.load(bias + at + width, mask=here, other=0.0).to(tl.float32)
     tl.store(out + offsets, silu_times(gate, up).to(out.dtype.element_ty), mask=here)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -13,7 +12,6 @@ from torch import Tensor
 from ropewalk.gptq import few_tokens
 from ropewalk.gptq.layout import PLANE, WORDS, bit_planes, rows_per_block
 from ropewalk.gptq.plans import Plan, device_plans, split_k
-from ropewalk.gptq.reference import gated
 from ropewalk.gptq.triton_decode import decode_kernel
 from ropewalk.gptq.triton_dequantize import dequantize
 from ropewalk.gptq.triton_gate_up import gate_up_kernel, reduce_gate_up_kernel
@@ -49,7 +47,7 @@ def packed_linear(
         order: int32 [K], the checkpoint row of each sorted row; None where none was moved.
         bias: [N] or None.
         group_size: -1, at least K, or a multiple of PLANE (`layout.supports`).
-        gate_up: W holds gate and up side by side: return silu(x @ gate) * (x @ up) of its two halves.
+        gate_up: W holds gate and up as `layout.interleave` puts them: return silu(x @ gate) * (x @ up).
         plan, split: instead of those for the device.
 
     Returns:
@@ -71,9 +69,7 @@ def packed_linear(
 
         def cuda_takes(plan: Plan) -> bool:
             tiles = plan.block_n // 16
-            return not gate_up and few_tokens.takes(
-                x, words, scales, bias, bits=bits, group_size=group_size, tiles=tiles
-            )
+            return few_tokens.takes(x, words, scales, bias, bits=bits, group_size=group_size, tiles=tiles)
 
         plan = plans.choose(m, bits, cuda_takes)
         if x.dtype == torch.float32 and m > 8 and plan.kernel == "matmul":
@@ -87,7 +83,9 @@ def packed_linear(
             words, scales, zeros, order, bits=bits, group_size=group_size, in_features=in_features, dtype=x.dtype
         )
         y = torch.nn.functional.linear(rows, weight.t(), None if bias is None else bias.to(x.dtype))
-        return (gated(y) if gate_up else y).reshape(*leading, kept)
+        if gate_up:
+            y = _reduce(y[None], None, True, x.dtype)
+        return y.reshape(*leading, kept)
     if order is not None and plan.gather:
         rows, order = rows.index_select(1, order), None
     if plan.kernel == "cuda":
@@ -104,20 +102,18 @@ def packed_linear(
             warps=plan.num_warps,
             stages=plan.num_stages,
             split=split or 1,
+            gate_up=gate_up,
         )
-        if y.ndim == 3:
-            parts, y = y, torch.empty(m, columns, dtype=x.dtype, device=x.device)
-            _add_parts(reduce_kernel, parts, scales if bias is None else bias, y, columns, bias is not None)
-        return y.reshape(*leading, columns)
+        return (_reduce(y, bias, gate_up, x.dtype) if y.ndim == 3 else y).reshape(*leading, kept)
     block_m = triton.next_power_of_2(m) if plan.kernel == "decode" else plan.block_m
     grid_n, grid_m = triton.cdiv(columns, plan.block_n), triton.cdiv(m, block_m)
     if split is None:
         split = split_k(grid_n * grid_m, in_features, bits, plans.programs_per_multiprocessor * multiprocessors)
-    if gate_up and plan.kernel == "decode":
-        # Without tensor cores the product is written out and gated by a second step, as where K is split.
+    if gate_up and (plan.kernel == "decode" or columns % 16 or plan.block_n < 16):
+        # Without whole tiles of tensor cores a second step gates the product, as where K is split.
         split = max(split, 2)
-    out = torch.empty(m, kept, dtype=x.dtype, device=x.device)
-    parts = out if split == 1 else torch.empty(split, m, columns, dtype=torch.float32, device=x.device)
+    shape, dtype = ((m, kept), x.dtype) if split == 1 else ((split, m, columns), torch.float32)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
     low, high = bit_planes(words, bits)
     arguments = (
         rows,
@@ -127,7 +123,7 @@ def packed_linear(
         scales if zeros is None else zeros,
         scales if order is None else order,
         scales if bias is None else bias,
-        parts,
+        out,
         m,
         columns,
         in_features,
@@ -149,18 +145,24 @@ def packed_linear(
     if plan.kernel == "decode":
         decode_kernel[(grid_n, split)](*arguments, SPLIT_K=split, **constants)
     elif gate_up and split == 1:
-        gate_up_kernel[(grid_m, triton.cdiv(kept, plan.block_n))](*arguments, DTYPE=DTYPES[x.dtype], **constants)
+        gate_up_kernel[(grid_m, grid_n)](*arguments, DTYPE=DTYPES[x.dtype], **constants)
     else:
         matmul_kernel[(grid_m, grid_n, split)](*arguments, SPLIT_K=split, DTYPE=DTYPES[x.dtype], **constants)
-    if split > 1:
-        reduce = reduce_gate_up_kernel if gate_up else reduce_kernel
-        _add_parts(reduce, parts, scales if bias is None else bias, out, columns, bias is not None)
-    return out.reshape(*leading, kept)
+    return (_reduce(out, bias, gate_up, x.dtype) if split > 1 else out).reshape(*leading, kept)
 
 
-def _add_parts(kernel: Any, parts: Tensor, bias: Tensor, out: Tensor, columns: int, has_bias: bool) -> None:
-    """Add the parts of a product whose K was split into `out`."""
+def _reduce(parts: Tensor, bias: Tensor | None, gate_up: bool, dtype: torch.dtype) -> Tensor:
+    """Add the parts [split, M, N] of a product in order; return it, or with gate_up what it gates, in `dtype`."""
+    split, m, columns = parts.shape
+    out = torch.empty(m, columns // 2 if gate_up else columns, dtype=dtype, device=parts.device)
     size = out.numel()
+    kernel = reduce_gate_up_kernel if gate_up else reduce_kernel
+    has_bias = bias is not None
     kernel[(triton.cdiv(size, _REDUCE_BLOCK),)](
-        parts, bias, out, size, columns, HAS_BIAS=has_bias, SPLIT_K=parts.shape[0], BLOCK=_REDUCE_BLOCK, num_warps=4
+        *(parts, bias if has_bias else parts, out, size, columns),
+        HAS_BIAS=has_bias,
+        SPLIT_K=split,
+        BLOCK=_REDUCE_BLOCK,
+        num_warps=4,
     )
+    return out

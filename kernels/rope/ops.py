@@ -19,47 +19,18 @@ through `rope` alone. Arguments that do not belong together raise RopeError.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
 
-from ropewalk import cpu
+from ropewalk.cpu.operators import unless_in_cpp
 from ropewalk.errors import RopeError
 from ropewalk.rope import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _unless_in_cpp(name: str, in_torch: str, mutates_args: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Have the first call on the CPU load the C++ kernel of operator `name`, which takes all later ones itself, where
-    it is built.
-
-    The function stays within reach of the kernel as an operator of its own, `in_torch`: it is given what C++ does
-    not take, which is float64, a cache of another dtype, and every mistake.
-    """
-
-    def decorate(function: Function) -> Function:
-        torch.library.define(in_torch, torch.library.infer_schema(function, mutates_args=mutates_args))
-        torch.library.impl(in_torch, "CPU")(function)
-
-        @functools.wraps(function)
-        def first(q: Tensor, *args: object, **kwargs: object) -> object:
-            if q.is_cpu and cpu.load(build_it=False):
-                return getattr(torch.ops.ropewalk, name)(q, *args, **kwargs)
-            return function(q, *args, **kwargs)
-
-        return cast("Function", first)
-
-    return decorate
-
 
 @torch.library.custom_op("ropewalk::rope", mutates_args=())
-@_unless_in_cpp("rope", "ropewalk::rope_in_torch")
+@unless_in_cpp("rope", "ropewalk::rope_in_torch")
 def rope(
     q: Tensor,
     k: Tensor,
@@ -126,7 +97,7 @@ rope_on_cpu = torch.ops.ropewalk.rope_cpu.default
 
 
 @torch.library.custom_op("ropewalk::rope_", mutates_args=("q", "k"))
-@_unless_in_cpp("rope_", "ropewalk::rope_in_torch_", mutates_args=("q", "k"))
+@unless_in_cpp("rope_", "ropewalk::rope_in_torch_", mutates_args=("q", "k"))
 def rope_(
     q: Tensor,
     k: Tensor,
@@ -170,7 +141,7 @@ def _(q: Tensor, k: Tensor, *_: object, **__: object) -> None:
 
 
 @torch.library.custom_op("ropewalk::rope_and_cache_", mutates_args=("q", "k", "k_cache", "v_cache"))
-@_unless_in_cpp("rope_and_cache_", "ropewalk::rope_and_cache_in_torch_", mutates_args=("q", "k", "k_cache", "v_cache"))
+@unless_in_cpp("rope_and_cache_", "ropewalk::rope_and_cache_in_torch_", mutates_args=("q", "k", "k_cache", "v_cache"))
 def rope_and_cache_(
     q: Tensor,
     k: Tensor,
