@@ -193,7 +193,9 @@ def test_gate_and_up_in_one(device, bits, act_order, sym, tokens, dtype):
     ):
         y = packed_experts(x, *arguments, ids, None, plan=plan, split=split, aligned=aligned, **settings)
         assert y.shape == exact.shape and y.dtype == dtype
-        assert (y.double() - exact).abs().max() <= allowed, plan
+        # Gate and up are rounded by themselves there.
+        more = 2 * torch.finfo(dtype).eps * exact.abs().max() if plan is DENSE else 0
+        assert (y.double() - exact).abs().max() <= allowed + more, plan
     # Each by itself, as views of the stack.
     for half, w, b in zip(both_halves(*arguments[:3], arguments[4]), (gates, ups), bias, strict=True):
         words, scales, zeros, own = half
