@@ -167,14 +167,20 @@ def _experts() -> Iterator[Variant]:
                 few = plan.kernel == "decode" or (plan.max_m is not None and plan.max_m <= 8)
                 constants = {"DTYPE": None, "SPLIT_K": 1} | dict(one.constexprs)
                 numbers = dict.fromkeys(("A", "E", "sharing"), "i32")
+                gated = plan.kernel == "matmul" and choice[3] == "bf16"  # half of them with gate and up in one
                 yield replace(
                     one,
-                    name=one.name.replace("/", "/experts-"),
+                    name=one.name.replace("/", "/experts-gate-up-" if gated else "/experts-"),
                     kernel=experts_kernel,
                     maxnreg=MAX_REGISTERS,
                     signature={**one.signature, "ids": "*i64:16", "slots": "*i32:16", "experts": "*i32:16", **numbers}
                     | dict.fromkeys(("stride_words", "stride_scales"), "i32:16"),
-                    constexprs={**constants, "ALIGNED": not few, "DOT": plan.kernel == "matmul"},
+                    constexprs={
+                        **constants,
+                        "ALIGNED": not few,
+                        "DOT": plan.kernel == "matmul",
+                        **dict.fromkeys(("GATE_UP", "GATED"), gated),
+                    },
                 )
     for dtype in ("fp16", "bf16"):
         pointer, row = _POINTERS[dtype], dict.fromkeys(("stride_x", "K", "N"), "i32:16")

@@ -3,12 +3,14 @@
 transformers keeps the experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]; a
 GPTQ checkpoint has three packed layers for each expert, each with an act-order of its own. Here they stay three
 layers with the checkpoint's names, `3.w1` or `3.gate_proj`, so that saving writes them back; their tensors are views of
-stacks over all experts, which one operator multiplies with: no loop, and on a GPU no waiting for the routing.
+stacks over all experts, which one operator multiplies with: no loop, and on a GPU no waiting for the routing. Gate and
+up are one stack where every expert has them in one order, and one call then computes act(gate) * up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,44 +22,59 @@ from ropewalk.loader.quant_linear import QuantLinear
 
 # What the layers of an expert are called in checkpoints: (gate, up, down).
 NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
+# Activations that the kernels of gate and up apply.
+_SILU = ("SiLU", "SiLUActivation")
 # Classes of transformers that compute down(act(gate(x)) * up(x)) for each expert, and nothing else.
 CLASSES = frozenset({"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts"})
 
 
 class Stack:
-    """One layer of all experts, as the operators take it.
+    """One layer of all experts, or their gates and ups together, as the operators take it.
 
     Args:
-        layers: of the experts in turn, filled, of the same sizes and packing. Their tensors become views of the stack.
+        gates: a layer of the experts in turn, filled, of the same sizes and packing. Their tensors become views of
+            the stack.
+        ups: their counterparts, where the layers are gates, each in the order of its gate (`share_orders`).
     """
 
-    def __init__(self, layers: Sequence[QuantLinear]):
-        first = layers[0]
+    def __init__(self, gates: Sequence[QuantLinear], ups: Sequence[QuantLinear] = ()):
+        first = gates[0]
+        self.gate_up = bool(ups)
+        # An expert's gate and up follow one another.
+        layers = [layer for pair in zip(gates, ups, strict=True) for layer in pair] if ups else gates
         self.layout = first._layout
         self.bits, self.group_size = first.bits, first.group_size
-        self.out_features = first.out_features
-        self.words = _stacked(layers, "qweight")
-        self.scales = _stacked(layers, "scales")
-        self.zeros = _stacked_or_none([layer._zeros for layer in layers], self._symmetric)
-        self.order = _stacked_or_none([layer._order for layer in layers], lambda: self._unmoved(first))
-        self.bias = _stacked_or_none([layer.bias for layer in layers], self._no_bias)
+        self.out_features = first.out_features * (2 if ups else 1)
+        self.words = self._by_expert(_stacked(layers, "qweight"))
+        self.scales = self._by_expert(_stacked(layers, "scales"))
+        symmetric = partial(torch.full, first.scales.shape, 1 << (self.bits - 1), dtype=torch.uint8)
+        no_bias = partial(torch.zeros, first.out_features, dtype=torch.float16)
+        device = self.words.device
+        self.zeros = self._by_expert(_stacked_or_none([layer._zeros for layer in layers], symmetric, device))
+        self.order = _stacked_or_none([layer._order for layer in gates], partial(self._unmoved, first), device)
+        self.bias = self._by_expert(_stacked_or_none([layer.bias for layer in layers], no_bias, device))
         self._first = first
 
-    def _symmetric(self) -> Tensor:
-        return torch.full(self.scales.shape[1:], 1 << (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
+    def _by_expert(self, whole: Any) -> Any:
+        """Return a stack of layers as one of experts: [E, 2, ...] on a GPU, and on the CPU, whose tiles of up follow
+        those of gate, [E, 2 * ..., ...].
+        """
+        if whole is None or not self.gate_up:
+            return whole
+        pairs = whole.unflatten(0, (-1, 2))
+        return pairs if self.layout == "gpu" else pairs.flatten(1, 2)
 
-    def _no_bias(self) -> Tensor:
-        return torch.zeros(self.out_features, dtype=torch.float16, device=self.words.device)
-
-    def _unmoved(self, layer: QuantLinear) -> Tensor:
+    def _unmoved(self, layer: QuantLinear, device: torch.device) -> Tensor:
         """Return the order of a layer whose rows stay where they are."""
         rows = layer.infeatures
         if self.layout == "cpu":
             rows = cpu_layout.block_count(layer.infeatures, layer.group_size) * cpu_layout.BLOCK
-        return torch.arange(rows, dtype=torch.int32, device=self.words.device)
+        return torch.arange(rows, dtype=torch.int32, device=device)
 
     def multiply(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None) -> Tensor:
-        """Return [T, top_k, N], or [T, N] with routing weights, for x [T, K] or [T, top_k, K]."""
+        """Return [T, top_k, N], or [T, N] with routing weights, for x [T, K] or [T, top_k, K]; of gates and ups
+        silu(gate) * up.
+        """
         if self.layout == "gpu":
             return torch.ops.ropewalk.packed_experts(
                 x,
@@ -70,6 +87,7 @@ class Stack:
                 routing_weights,
                 self.bits,
                 self.group_size,
+                self.gate_up,
             )
         return torch.ops.ropewalk.cpu_experts(
             x,
@@ -84,6 +102,7 @@ class Stack:
             self.group_size,
             self.out_features,
             self._first.computes_exactly,
+            self.gate_up,
         )
 
 
@@ -117,7 +136,8 @@ class PackedExperts(nn.Module):
         self.names = next(names for names in NAMES if set(names) == set(experts[0]))
         for number, layers in enumerate(experts):
             self.add_module(str(number), _Expert({name: layers[name] for name in self.names}, self._unstack))
-        self._stacks: tuple[Stack, Stack, Stack] | None = None
+        # Of gate, up and down, or of the first two together, and down.
+        self._stacks: tuple[Stack, ...] | None = None
         self._stackable = True
         self.register_load_state_dict_post_hook(PackedExperts._unstack)
 
@@ -144,8 +164,11 @@ class PackedExperts(nn.Module):
             return False
         if any(len({_kind(layer) for layer in of_name}) > 1 for of_name in layers):
             return False
-        gate, up, down = (Stack(of_name) for of_name in layers)
-        self._stacks = gate, up, down
+        gate, up, down = layers
+        if type(self.act_fn).__name__ in _SILU and share_orders(gate, up):
+            self._stacks = Stack(gate, up), Stack(down)
+        else:
+            self._stacks = Stack(gate), Stack(up), Stack(down)
         return True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -156,9 +179,11 @@ class PackedExperts(nn.Module):
         needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         if stacks is None or (needs_grad and stacks[0].layout == "cpu"):
             return self._one_by_one(hidden_states, top_k_index, top_k_weights)
-        gate, up, down = stacks
-        inner = self.act_fn(gate.multiply(hidden_states, top_k_index, None))
-        return down.multiply(inner * up.multiply(hidden_states, top_k_index, None), top_k_index, top_k_weights)
+        *first, down = stacks
+        inner = first[0].multiply(hidden_states, top_k_index, None)
+        if not first[0].gate_up:
+            inner = self.act_fn(inner) * first[1].multiply(hidden_states, top_k_index, None)
+        return down.multiply(inner, top_k_index, top_k_weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._unstack()
@@ -182,6 +207,22 @@ class PackedExperts(nn.Module):
         return f"{self.num_experts} experts of {', '.join(self.names)}"
 
 
+def share_orders(gates: Sequence[QuantLinear], ups: Sequence[QuantLinear]) -> bool:
+    """Return whether the gate and the up of each expert are packed alike and have their rows in one order, as those do
+    that were quantized on the same inputs.
+    """
+    if _kind(gates[0]) != _kind(ups[0]):
+        return False
+    if gates[0]._layout == "cpu" and gates[0].outfeatures % cpu_layout.COLUMNS:
+        return False  # a tile would hold columns of both
+    for gate, up in zip(gates, ups, strict=True):
+        if gate.computes_exactly != up.computes_exactly or (gate._order is None) != (up._order is None):
+            return False
+        if gate._order is not None and up._order is not None and not torch.equal(gate._order, up._order):
+            return False
+    return True
+
+
 def _kind(layer: QuantLinear) -> tuple[Any, ...]:
     """Return what the layers of a stack must agree in."""
     return layer._layout, layer.bits, layer.group_size, layer.infeatures, layer.outfeatures, layer.scales.dtype
@@ -197,8 +238,10 @@ def _stacked(layers: Sequence[QuantLinear], name: str) -> Tensor:
     return whole
 
 
-def _stacked_or_none(tensors: Sequence[Tensor | None], default: Callable[[], Tensor]) -> Tensor | None:
+def _stacked_or_none(
+    tensors: Sequence[Tensor | None], default: Callable[..., Tensor], device: torch.device
+) -> Tensor | None:
     dtype = next((tensor.dtype for tensor in tensors if tensor is not None), None)
     if dtype is None:
         return None
-    return torch.stack([(default() if tensor is None else tensor).to(dtype) for tensor in tensors])
+    return torch.stack([(default(device=device) if tensor is None else tensor).to(dtype) for tensor in tensors])

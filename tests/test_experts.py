@@ -129,6 +129,32 @@ def test_a_layer_compiles_whole_with_its_gradient():
     torch.testing.assert_close(compiled_by.grad, plain_by.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gate_and_up_in_one(bits, shared):
+    """The same as two products, with the same gradient; gate and up have one order, none here."""
+    (gate, _), (up, _) = (stack(bits, act_order=False, seed=seed) for seed in (1, 2))
+    both = [None if g is None else torch.stack((g, u), 1) for g, u in zip(gate, up, strict=True)]
+    ids, _ = routing()
+    ours, theirs = (torch.randn(TOKENS, K, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    if not shared:
+        ours, theirs = (x[:, None].repeat(1, TOP_K, 1) for x in (ours, theirs))
+    ours.requires_grad_()
+    theirs.requires_grad_()
+    y = op(ours, *both, ids, None, bits, 32, gate_up=True)
+    expected = torch.nn.functional.silu(op(theirs, *gate, ids, None, bits, 32)) * op(theirs, *up, ids, None, bits, 32)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4)
+    torch.library.opcheck(op.default, (ours, *both, ids, None, bits, 32, True))
+    with pytest.raises(FormatError, match="routing_weights: expected none with gate and up"):
+        op(ours, *both, ids, torch.ones(TOKENS, TOP_K), bits, 32, gate_up=True)
+    with pytest.raises(FormatError, match=r"words, expert_ids and x: expected 4, 2 and 2 or 3 dimensions"):
+        op(ours, *gate, ids, None, bits, 32, gate_up=True)
+
+
 def test_no_tokens_and_weights_that_do_not_count():
     arguments, _ = stack()
     ids, by = routing()

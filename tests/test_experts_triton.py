@@ -7,6 +7,7 @@ import torch
 
 import ropewalk.gptq.ops_experts  # noqa: F401
 from ropewalk.gptq import reference
+from ropewalk.gptq.experts import both_halves
 from ropewalk.gptq.format import BITS, pack, unpack
 from ropewalk.gptq.layout import PLANE, row_order, rows_per_block, to_execution
 from ropewalk.gptq.plans import Plan, device_plans, read_plans
@@ -142,6 +143,64 @@ def test_every_kind_of_stack_and_routing(device, bits, group_size, act_order, sy
     check(packed_experts(own, *arguments, ids, by, plan=DENSE, **settings), own, weights, arguments[4], ids, by)
     for old, new in zip(before, (shared, own, ids, by, *arguments), strict=True):
         assert old is None or torch.equal(old, new)
+
+
+def gate_and_up(device, bits, group_size, **kind):
+    """Return the tensors of a stack of gate and up, in one order, and the weights of both."""
+    (gate, gates), (up, ups) = (stack(device, bits, group_size, seed=seed, **kind) for seed in (0, 1))
+    words, scales, zeros, _, bias = (
+        None if g is None else torch.stack((g, u), dim=1) for g, u in zip(gate, up, strict=True)
+    )
+    order = gate[3]
+    if order is not None:
+        # The rows of up's codes, scales and zero points in gate's order are some other weight: its own.
+        for e in range(EXPERTS):
+            settings = {"bits": bits, "group_size": group_size, "in_features": K}
+            zero = None if zeros is None else zeros[e, 1]
+            ups[e] = reference.packed_weight(words[e, 1], scales[e, 1], zero, order[e], **settings)
+    return (words, scales, zeros, order, bias), gates, ups
+
+
+@pytest.mark.parametrize(
+    ("bits", "act_order", "sym", "tokens", "dtype"),
+    [
+        (2, True, False, 17, torch.float16),
+        (3, True, True, 3, torch.float16),
+        (3, False, False, 17, torch.float32),
+        (4, True, False, 40, torch.bfloat16),
+        (8, False, True, 1, torch.float16),
+    ],
+)
+def test_gate_and_up_in_one(device, bits, act_order, sym, tokens, dtype):
+    arguments, gates, ups = gate_and_up(device, bits, 32, act_order=act_order, sym=sym, bias=not sym)
+    bias = (None, None) if arguments[4] is None else arguments[4].unbind(1)
+    ids = routing(device, "padded", tokens, 2)
+    x = torch.randn(tokens, K, device=device).to(dtype) / 8
+
+    def gated(dtype):
+        gate, up = (expected(x, w, b, ids, None, dtype) for w, b in zip((gates, ups), bias, strict=True))
+        return torch.nn.functional.silu(gate) * up
+
+    exact = gated(torch.float64)
+    allowed = 2 * (gated(dtype).double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    settings = {"bits": bits, "group_size": 32, "gate_up": True}
+    for plan, split, aligned in (
+        (MATMUL, 1, None),
+        (GATHER, 1, True),
+        (MATMUL, 2, False),
+        (DECODE, 1, None),
+        (DENSE, 1, None),
+    ):
+        y = packed_experts(x, *arguments, ids, None, plan=plan, split=split, aligned=aligned, **settings)
+        assert y.shape == exact.shape and y.dtype == dtype
+        # Gate and up are rounded by themselves there.
+        more = 2 * torch.finfo(dtype).eps * exact.abs().max() if plan is DENSE else 0
+        assert (y.double() - exact).abs().max() <= allowed + more, plan
+    # Each by itself, as views of the stack.
+    for half, w, b in zip(both_halves(*arguments[:3], arguments[4]), (gates, ups), bias, strict=True):
+        words, scales, zeros, own = half
+        y = packed_experts(x, words, scales, zeros, arguments[3], own, ids, None, plan=MATMUL, bits=bits, group_size=32)
+        check(y, x, w, b, ids, None)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -2,7 +2,8 @@
 
 The weights of E experts, each in the execution layout (layout.py) with rows sorted by its own act-order, lie one
 after the other: words int32 [E, word_rows(K, bits), N], scales [E, G, N], zeros uint8 [E, G, N], order int32
-[E, K], bias [E, N]. A token t goes to the experts expert_ids[t]; an id outside 0 to E - 1 belongs to somebody else
+[E, K], bias [E, N]. Gate and up of experts whose rows are in one order may share a stack, [E, 2, ...] but for the
+order. A token t goes to the experts expert_ids[t]; an id outside 0 to E - 1 belongs to somebody else
 and gives zeros.
 """
 
@@ -48,6 +49,19 @@ def packed_experts_grad(
     for expert, token, place in _tokens_of_experts(expert_ids, experts):
         out[token, place] = linear(grad[token, place], weight_of(expert))
     return out
+
+
+def both_halves(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Yield gate, then up, of a stack that has both, [E, 2, ...]: (words, scales, zeros, bias) as views."""
+    for i in (0, 1):
+        yield (
+            words[:, i],
+            scales[:, i],
+            None if zeros is None else zeros[:, i],
+            None if bias is None else bias[:, i],
+        )
 
 
 def weighted_sum(y: Tensor, expert_ids: Tensor, routing_weights: Tensor, experts: int) -> Tensor:

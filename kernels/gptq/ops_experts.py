@@ -3,8 +3,8 @@
 On a GPU it runs the kernels of triton_grouped.py: no size depends on the routing and nothing waits for the device, so
 that CUDA graphs and `fullgraph` take it; elsewhere plain torch (experts.py). A layer of Mixtral is
 
-    gate = packed_experts(x, ..., expert_ids, None, ...)                        x [T, hidden] -> [T, top_k, ffn]
-    y = packed_experts(silu(gate) * up, ..., expert_ids, routing_weights, ...)  [T, top_k, ffn] -> [T, hidden]
+    inner = packed_experts(x, ..., expert_ids, None, ..., gate_up=True)    x [T, hidden] -> [T, top_k, ffn]
+    y = packed_experts(inner, ..., expert_ids, routing_weights, ...)        [T, top_k, ffn] -> [T, hidden]
 
 It differentiates with respect to x and to the routing weights, so that LoRA trains around packed experts; the
 gradient reads the routing on the host.
@@ -19,6 +19,7 @@ from ropewalk.errors import FormatError
 from ropewalk.gptq import experts as plain
 from ropewalk.gptq.layout import word_rows
 from ropewalk.gptq.ops import dense_weight
+from ropewalk.gptq.reference import silu_times, silu_times_grad
 
 
 @torch.library.custom_op("ropewalk::packed_experts", mutates_args=())
@@ -33,6 +34,7 @@ def packed_experts(
     routing_weights: Tensor | None,
     bits: int,
     group_size: int,
+    gate_up: bool = False,
 ) -> Tensor:
     """Return the product of each token with each of its experts, or the sum of these by the routing weights.
 
@@ -47,6 +49,8 @@ def packed_experts(
         routing_weights: [T, top_k], any floating dtype, or None.
         bits: 2, 3, 4 or 8.
         group_size: rows to a group (`layout.supports`), -1 for one group.
+        gate_up: the stack holds two weights for each expert, gate and up, whose rows are in one order: words, scales,
+            zeros and bias are [E, 2, ...], and the result is silu(gate) * up, without routing weights.
 
     Returns:
         [T, top_k, N], or [T, N] with routing weights, in x's dtype. Two runs give the same bits.
@@ -54,23 +58,32 @@ def packed_experts(
     Raises:
         FormatError: shapes or dtypes that do not belong together.
     """
-    check(x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits, group_size)
+    check(x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits, group_size, gate_up)
     if x.is_cuda:
         from ropewalk.gptq import triton_grouped
 
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+            settings = {"bits": bits, "group_size": group_size, "gate_up": gate_up}
             return triton_grouped.packed_experts(
-                x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits=bits, group_size=group_size
+                x, words, scales, zeros, order, bias, expert_ids, routing_weights, **settings
             )
-    weight_of = _weight_of(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
-    y = plain.packed_experts(x, weight_of, bias, expert_ids, words.shape[2], words.shape[0])
+
+    def product(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight_of = _weight_of(x, words, scales, zeros, order, bits, group_size, x.shape[-1])
+        return plain.packed_experts(x, weight_of, bias, expert_ids, words.shape[2], words.shape[0])
+
+    if gate_up:
+        return silu_times(*(product(*half) for half in plain.both_halves(words, scales, zeros, bias)))
+    y = product(words, scales, zeros, bias)
     return y if routing_weights is None else plain.weighted_sum(y, expert_ids, routing_weights, words.shape[0])
 
 
 @packed_experts.register_fake
-def _(x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits, group_size):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, words, scales, zeros, order, bias, expert_ids, routing_weights, bits, group_size, gate_up=False
+):
     leading = expert_ids.shape if routing_weights is None else expert_ids.shape[:1]
-    return x.new_empty((*leading, words.shape[2]))
+    return x.new_empty((*leading, words.shape[-1]))
 
 
 @torch.library.custom_op("ropewalk::packed_experts_grad", mutates_args=())
@@ -106,22 +119,27 @@ def check(
     routing_weights: Tensor | None,
     bits: int,
     group_size: int,
+    gate_up: bool = False,
 ) -> None:
     """Raise FormatError where arguments of `packed_experts` do not belong together; reads no tensor's values."""
-    if words.ndim != 3 or expert_ids.ndim != 2 or x.ndim not in (2, 3):
+    of_words = 4 if gate_up else 3
+    if words.ndim != of_words or expert_ids.ndim != 2 or x.ndim not in (2, 3):
         shapes = f"{list(words.shape)}, {list(expert_ids.shape)} and {list(x.shape)}"
-        raise FormatError("words, expert_ids and x", "3, 2 and 2 or 3 dimensions", shapes)
-    experts, _, columns = words.shape
+        raise FormatError("words, expert_ids and x", f"{of_words}, 2 and 2 or 3 dimensions", shapes)
+    if gate_up and routing_weights is not None:
+        raise FormatError("routing_weights", "none with gate and up", list(routing_weights.shape))
+    each = (words.shape[0], 2) if gate_up else words.shape[:1]
+    experts, columns = words.shape[0], words.shape[-1]
     tokens, in_features = x.shape[0], x.shape[-1]
     top_k = expert_ids.shape[1]
     groups = 1 if group_size == -1 else -(-in_features // group_size)
     expected = {
         "x": (x, (tokens, in_features) if x.ndim == 2 else (tokens, top_k, in_features)),
-        "words": (words, (experts, word_rows(in_features, bits), columns)),
-        "scales": (scales, (experts, groups, columns)),
-        "zeros": (zeros, (experts, groups, columns)),
+        "words": (words, (*each, word_rows(in_features, bits), columns)),
+        "scales": (scales, (*each, groups, columns)),
+        "zeros": (zeros, (*each, groups, columns)),
         "order": (order, (experts, in_features)),
-        "bias": (bias, (experts, columns)),
+        "bias": (bias, (*each, columns)),
         "expert_ids": (expert_ids, (tokens, top_k)),
         "routing_weights": (routing_weights, (tokens, top_k)),
     }
@@ -132,8 +150,8 @@ def check(
             raise FormatError(name, list(shape), list(tensor.shape))
         if tensor.device != x.device:
             raise FormatError(name, x.device, tensor.device)
-        if name not in ("x", "expert_ids", "routing_weights") and not tensor.is_contiguous():
-            raise FormatError(name, "contiguous", f"strides {tensor.stride()}")
+        if name not in ("x", "expert_ids", "routing_weights") and not tensor[:1].is_contiguous():
+            raise FormatError(name, "contiguous experts", f"strides {tensor.stride()}")
     for name, tensor, dtype in (
         ("words", words, torch.int32),
         ("zeros", zeros, torch.uint8),
@@ -173,16 +191,17 @@ def _weight_of(
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, words, scales, zeros, order, bias, expert_ids, routing_weights, ctx.bits, ctx.group_size = inputs
+    x, words, scales, zeros, order, bias, expert_ids, routing_weights, ctx.bits, ctx.group_size, ctx.gate_up = inputs
     ctx.in_features, ctx.shared = x.shape[-1], x.ndim == 2
-    ctx.save_for_backward(
-        words, scales, zeros, order, expert_ids, bias, routing_weights, None if routing_weights is None else x
-    )
+    needed = x if ctx.gate_up or routing_weights is not None else None
+    ctx.save_for_backward(words, scales, zeros, order, expert_ids, bias, routing_weights, needed)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     words, scales, zeros, order, expert_ids, bias, routing_weights, x = ctx.saved_tensors
     experts = words.shape[0]
+    if ctx.gate_up:
+        return (_gate_up_grad(ctx, grad, *ctx.saved_tensors), *(None,) * 10)
     each = grad if routing_weights is None else grad[:, None].expand(*expert_ids.shape, grad.shape[-1])
     grad_x = packed_experts_grad(
         each, words, scales, zeros, order, expert_ids, ctx.bits, ctx.group_size, ctx.in_features
@@ -198,7 +217,19 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = grad_x * torch.where(here, routing_weights, 0).to(grad_x.dtype)[..., None]
     if ctx.shared:
         grad_x = grad_x.sum(1)
-    return grad_x, None, None, None, None, None, None, grad_weights, None, None
+    return grad_x, None, None, None, None, None, None, grad_weights, None, None, None
+
+
+def _gate_up_grad(ctx, grad, words, scales, zeros, order, expert_ids, bias, _, x):  # type: ignore[no-untyped-def]
+    """Return the gradient with respect to x; the two products are computed again rather than kept."""
+    halves = list(plain.both_halves(words, scales, zeros, bias))
+    packing = ctx.bits, ctx.group_size
+    gate, up = (packed_experts(x, w, s, z, order, b, expert_ids, None, *packing) for w, s, z, b in halves)
+    grad_x = sum(
+        packed_experts_grad(half_grad, w, s, z, order, expert_ids, *packing, ctx.in_features)
+        for half_grad, (w, s, z, _) in zip(silu_times_grad(grad, gate, up), halves, strict=True)
+    )
+    return grad_x.sum(1) if ctx.shared else grad_x
 
 
 packed_experts.register_autograd(_backward, setup_context=_setup_context)

@@ -76,13 +76,22 @@ def packed_weight(
 
 def gated(y: Tensor) -> Tensor:
     """Return silu(gate) * up, [..., N / 2] in y's dtype, for y [..., N] (`layout.interleave`); computed in float32."""
-    gate, up = gate_and_up(y.float())
-    return (silu(gate) * up).to(y.dtype)
+    return silu_times(*gate_and_up(y))
 
 
 def gated_grad(grad: Tensor, y: Tensor) -> Tensor:
     """Return the gradient of `gated` with respect to y, [..., N] in y's dtype, for grad [..., N / 2]."""
-    gate, up = gate_and_up(y.float())
-    sigmoid = gate.sigmoid()
-    through_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return interleave(through_gate, grad * gate * sigmoid).to(y.dtype)
+    return interleave(*silu_times_grad(grad, *gate_and_up(y)))
+
+
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up in their dtype, computed in float32."""
+    return (silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def silu_times_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `silu_times` with respect to gate and up, in their dtype."""
+    wide = gate.float()
+    sigmoid = wide.sigmoid()
+    through_gate = grad * up.float() * sigmoid * (1 + wide * (1 - sigmoid))
+    return through_gate.to(gate.dtype), (grad * wide * sigmoid).to(up.dtype)

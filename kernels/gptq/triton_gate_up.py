@@ -19,6 +19,13 @@ def silu_times(gate, up):
 
 
 @triton.jit
+def gated_tile(total, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return silu(gate) * up [BLOCK_N / 2, BLOCK_M] for sums [BLOCK_N, BLOCK_M], eight columns of each by turns."""
+    gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+    return tl.reshape(silu_times(gate, up), (BLOCK_N // 2, BLOCK_M))
+
+
+@triton.jit
 def gate_up_kernel(
     x,
     low,
@@ -52,9 +59,7 @@ def gate_up_kernel(
     )
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    runs = tl.permute(tl.reshape(total, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-    gate, up = tl.split(runs)
-    result = tl.reshape(silu_times(gate, up).to(out.dtype.element_ty), (BLOCK_N // 2, BLOCK_M))
+    result = gated_tile(total, BLOCK_M, BLOCK_N).to(out.dtype.element_ty)
     column = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     here = (column < N // 2)[:, None] & (m < M)[None, :]
     tl.store(out + m.to(tl.int64)[None, :] * (N // 2) + column[:, None], result, mask=here)

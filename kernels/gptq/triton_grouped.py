@@ -8,12 +8,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ropewalk.gptq.experts import weighted_sum
+from ropewalk.gptq.experts import both_halves, weighted_sum
 from ropewalk.gptq.layout import PLANE, WORDS, rows_per_block
 from ropewalk.gptq.plans import Plan, Plans, device_plans, split_k
+from ropewalk.gptq.reference import silu_times
 from ropewalk.gptq.triton_align import align, most_blocks
 from ropewalk.gptq.triton_dequantize import dequantize
-from ropewalk.gptq.triton_experts import MAX_REGISTERS, combine_kernel, experts_kernel, gather_kernel
+from ropewalk.gptq.triton_experts import (
+    MAX_REGISTERS,
+    combine_gate_up_kernel,
+    combine_kernel,
+    experts_kernel,
+    gather_kernel,
+)
 from ropewalk.gptq.triton_linear import DTYPES
 
 _ROW_BLOCK = 1024  # columns of one program of the kernels around the matmul
@@ -31,6 +38,7 @@ def packed_experts(
     *,
     bits: int,
     group_size: int,
+    gate_up: bool = False,
     plan: Plan | None = None,
     split: int | None = None,
     aligned: bool | None = None,
@@ -47,12 +55,13 @@ def packed_experts(
     """
     if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         # The interpreter computes with the bits of bfloat16 numbers, not with their values.
-        settings = {"bits": bits, "group_size": group_size, "plan": plan, "split": split, "aligned": aligned}
+        settings = {"bits": bits, "group_size": group_size, "gate_up": gate_up, "plan": plan, "split": split}
+        settings |= {"aligned": aligned}
         weights = None if routing_weights is None else routing_weights.float()
         wide = packed_experts(x.float(), words, scales, zeros, order, bias, expert_ids, weights, **settings)  # type: ignore[arg-type]
         return wide.to(x.dtype)
     tokens, top_k = expert_ids.shape
-    experts, _, columns = words.shape
+    experts, columns = words.shape[0], words.shape[-1]
     in_features, assignments = x.shape[-1], tokens * top_k
     shape = (tokens, top_k, columns) if routing_weights is None else (tokens, columns)
     if assignments == 0:
@@ -60,12 +69,16 @@ def packed_experts(
     plans, multiprocessors = device_plans(x.device)
     plan = plan or plan_for(plans, -(-assignments // experts), bits)
     if plan.kernel == "dense":
-        y = _dense(x, words, scales, zeros, order, bias, expert_ids, bits, group_size)
+        if gate_up:
+            halves = both_halves(words, scales, zeros, bias)
+            return silu_times(*(_dense(x, *half, order, expert_ids, bits, group_size) for half in halves))
+        y = _dense(x, words, scales, zeros, bias, order, expert_ids, bits, group_size)
         return y if routing_weights is None else weighted_sum(y, expert_ids, routing_weights, experts)
     rows, sharing = x.reshape(-1, in_features), top_k if x.ndim == 2 else 1
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     ids = expert_ids.reshape(-1).contiguous()
+    order, bias = (None if t is None else t.contiguous() for t in (order, bias))
     if plan.gather and order is not None:
         moved = torch.empty(assignments, in_features, dtype=x.dtype, device=x.device)
         gather_kernel[(assignments, triton.cdiv(in_features, _ROW_BLOCK))](
@@ -79,15 +92,20 @@ def packed_experts(
     block_m = plan.block_m if dot else 1
     slots, of_block = align(ids, experts, block_m) if aligned else (ids, ids)
     blocks = most_blocks(assignments, experts, block_m) if aligned else assignments
-    grid_n = triton.cdiv(columns, plan.block_n)
+    grid_n = triton.cdiv(-(-columns // 8) * 16 if gate_up else columns, plan.block_n)
     if split is None:
         split = split_k(blocks * grid_n, in_features, bits, plans.programs_per_multiprocessor * multiprocessors)
-    combined = split > 1 or routing_weights is not None
+    # Without whole tiles of tensor cores a second step gates the products.
+    gated = gate_up and split == 1 and dot and plan.block_n >= 16
+    combined = split > 1 or routing_weights is not None or (gate_up and not gated)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     parts = out
     if combined:
-        parts = torch.empty(split, assignments, columns, dtype=torch.float32, device=x.device)
+        width = 2 * columns if gate_up else columns
+        parts = torch.empty(split, assignments, width, dtype=torch.float32, device=x.device)
     low, high = stacked_planes(words, bits)
+    if zeros is not None and zeros.stride(0) != scales.stride(0):
+        scales, zeros = scales.contiguous(), zeros.contiguous()
     experts_kernel[(blocks, grid_n, split)](
         rows,
         low,
@@ -121,11 +139,21 @@ def packed_experts(
         PLANES=rows_per_block(bits) // PLANE,
         SPLIT_K=split,
         DTYPE=DTYPES[x.dtype],
+        GATE_UP=gate_up,
+        GATED=gated,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS}),
     )
-    if combined:
+    if combined and gate_up:
+        combine_gate_up_kernel[(assignments, triton.cdiv(columns, _ROW_BLOCK))](
+            *(parts, scales if bias is None else bias, ids, out, assignments, experts, columns),
+            SPLIT_K=split,
+            HAS_BIAS=bias is not None,
+            BLOCK=_ROW_BLOCK,
+            num_warps=4,
+        )
+    elif combined:
         weighted = routing_weights is not None
         combine_kernel[(tokens if weighted else assignments, triton.cdiv(columns, _ROW_BLOCK))](
             parts,
@@ -163,10 +191,13 @@ def stacked_planes(words: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the words of a stack as the kernels address them, flat: int32, and for 3 bits the high plane of the
     first expert and what follows it as int16, otherwise the same words again.
     """
-    flat = words.reshape(-1)
+    # Experts may be more than a weight apart.
+    flat = words.as_strided(
+        (sum((n - 1) * step for n, step in zip(words.shape, words.stride(), strict=True)) + 1,), (1,)
+    )
     if bits != 3:
         return flat, flat
-    _, rows, columns = words.shape
+    *_, rows, columns = words.shape
     return flat, flat.view(torch.int16)[2 * (rows // 3 * 2) * columns :]
 
 
@@ -175,8 +206,8 @@ def _dense(
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    order: Tensor | None,
     bias: Tensor | None,
+    order: Tensor | None,
     expert_ids: Tensor,
     bits: int,
     group_size: int,
