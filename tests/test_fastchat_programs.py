@@ -91,7 +91,6 @@ def test_prompts_of_several_lines_by_a_terminal(in_terminal):
     for lines in (["BEGININPUT", "", "The sky is blue.", "ENDINPUT", "What is blue?"], ["And", "why?"]):
         terminal.type("".join(f"{line}\n" for line in lines))
         terminal.read_until(lines[-1])
-        time.sleep(0.3)  # Python reads the line before it sees the Ctrl-D
         terminal.type("\x04")
         answered = terminal.read_until(question)
         assert "'prompt': 'A chat.\\nUSER: " + "\\n".join(lines) + "\\nASSISTANT:'" in answered
