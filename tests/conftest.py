@@ -42,6 +42,25 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None
 
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    seen: set[str] = set()
+    call = interpreter.InterpretedFunction.__call__
+
+    def call_within_a_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of a kernel. Before each call Triton puts its interpreted language where the function's
+        module looks for it, which takes a third of the time of all that is interpreted; but it is there already, by
+        the kernel or by the first call, which never takes it back.
+        """
+        if self.fn.__module__ not in seen:
+            seen.add(self.fn.__module__)
+            return call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_within_a_kernel
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Give each of the processes of `pytest -n` its share of the processors, and so what it starts.
