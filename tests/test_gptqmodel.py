@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import ropewalk
@@ -26,14 +28,35 @@ AUTOGPTQ = os.environ.get("ROPEWALK_AUTOGPTQ")
 
 
 @pytest.fixture(scope="session")
-def float_model(tmp_path_factory, shipped_folder):
+def once(tmp_path_factory):
+    """Return a function that has a folder of a name filled, once for all the processes of `pytest -n`."""
+    mine = tmp_path_factory.getbasetemp()
+    shared = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+    def get(name, fill):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                fill(shared / f"{name}.new")
+                (shared / f"{name}.new").rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def float_model(once, shipped_folder):
     """Return a folder with a float model that computes what the shipped 4-bit one does, off its grid.
 
     The gains of the norms are multiplied into the layers behind them and the residual stream is turned by a
     random rotation (Ashkboos et al. 2024, arXiv:2401.15024, section 3), which changes no output. What is
     left has no trace of codes and scales, so packing it anew is an honest test.
     """
-    folder = tmp_path_factory.mktemp("float")
+    return once("float", partial(write_float_model, shipped_folder))
+
+
+def write_float_model(shipped_folder, folder):
+    folder.mkdir()
     model, tokenizer = ropewalk.load(shipped_folder)
     torch.manual_seed(0)
     w = {}
@@ -67,7 +90,6 @@ def float_model(tmp_path_factory, shipped_folder):
     ids = torch.tensor(tokenizer(held_out_text())["input_ids"][:200])[None]
     with torch.inference_mode():
         assert (turned(ids).logits - model(ids).logits).abs().max() < 0.05  # float16 weights
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -78,19 +100,15 @@ def shipped_folder():
 
 
 @pytest.fixture(scope="session")
-def quantized(float_model, tmp_path_factory):
+def quantized(once, float_model):
     """Return a function that quantizes the float model, once for each setting."""
-    made = {}
 
     def make(**settings):
-        key = json.dumps(settings, sort_keys=True)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("quantized") / "out"
-            arguments = {"samples": 48, "length": 256, "group_size": 32, **settings}
-            if settings.get("method") != "rtn":
-                arguments["text"] = held_out_text()[:60_000]
-            ropewalk.quantize(float_model, made[key], **arguments)
-        return made[key]
+        arguments = {"samples": 48, "length": 256, "group_size": 32, **settings}
+        if settings.get("method") != "rtn":
+            arguments["text"] = held_out_text()[:60_000]
+        key = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
+        return once(key, partial(ropewalk.quantize, float_model, **arguments))
 
     return make
 
