@@ -3,6 +3,7 @@
     qkv        q, k and v of an attention as one product, where their act-order is one
     gate-up    gate and up of an MLP as one product, with silu(gate) * up at its end; experts alike
     norm       what a layer adds to the residual stream, and the norm of the sum, in one step
+    act-order  on a GPU: a norm, and gate and up, write their channels in the order that the layers behind them want
     attention  on the CPU: the rotation, the cache and the attention of a few new tokens in one call
 
 Nothing of it shows from outside: modules, their names and tensors stay, saving writes what was loaded, an adapter or a
@@ -28,9 +29,12 @@ from ropewalk.loader.quant_linear import QuantLinear
 
 log = logging.getLogger("ropewalk")
 
-FUSIONS = ("qkv", "gate-up", "norm", "attention")
+FUSIONS = ("qkv", "gate-up", "norm", "act-order", "attention")
 FAMILIES = ("Llama", "Mistral", "Mixtral", "Qwen2")
-_GROUPS = (("qkv", ("q_proj", "k_proj", "v_proj")), ("gate-up", ("gate_proj", "up_proj")))
+_GROUPS = (
+    ("qkv", "self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("gate-up", "mlp", ("gate_proj", "up_proj")),
+)
 
 # class of a layer -> whether its modules compute what ours do
 _checked: dict[type, bool] = {}
@@ -56,11 +60,14 @@ def parse_fusions(text: str | Iterable[str]) -> frozenset[str]:
 
 
 def groups_of(model: nn.Module, fusions: frozenset[str]) -> Iterator[list[QuantLinear]]:
-    """Yield packed layers that read the same input and may be merged."""
-    for module in model.modules():
-        for fusion, names in _GROUPS:
+    """Yield packed layers that read the same input and may be merged, three of an attention or two of an MLP."""
+    for layer in model.modules():
+        if not _is_known(layer):
+            continue
+        for fusion, attribute, names in _GROUPS:
+            module = layer.get_submodule(attribute)
             layers: list[Any] = [module._modules.get(name) for name in names]
-            if fusion in fusions and all(type(layer) is QuantLinear for layer in layers):
+            if fusion in fusions and all(type(child) is QuantLinear for child in layers):
                 yield layers
 
 
@@ -108,13 +115,18 @@ def _fuse_layer(layer: Any, fusions: frozenset[str]) -> None:
         if len(group) == 3:
             qkv = Merged(group)
         elif _is_silu(layer.mlp.act_fn):
-            gate_up = Merged(group, gated=True)
+            down = layer.mlp.down_proj
+            folds = "act-order" in fusions and type(down) is QuantLinear and down.infeatures == group[0].outfeatures
+            gate_up = Merged(group, gated=True, reader=down if folds else None)
     if qkv is not None or "attention" in fusions:
         layer.self_attn.forward = FusedAttention(layer.self_attn, qkv, "attention" in fusions)
     if gate_up is not None:
         layer.mlp.forward = FusedMLP(layer.mlp, gate_up)
     if "norm" in fusions:
-        layer.forward = FusedLayer(layer)
+        layer.forward = FusedLayer(layer, "act-order" in fusions)
+    for merged in (qkv, gate_up):
+        if merged is not None:
+            merged.is_ready()  # now, while memory is planned for
 
 
 def _is_silu(function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
@@ -172,7 +184,7 @@ def _compare(kind: Any, config: Any) -> bool:
         return out
 
     expected = compute()
-    layer.forward = FusedLayer(layer)
+    layer.forward = FusedLayer(layer, folds=False)
     layer.self_attn.forward = _InSteps(layer.self_attn)
     found = compute()
     gated = hasattr(layer.mlp, "gate_proj")

@@ -30,6 +30,11 @@ def is_plain(*modules: nn.Module) -> bool:
     return True
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Return whether a hook sees what a module gets or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def _needs_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -59,6 +64,13 @@ class Projections:
                 return None
         return merged if is_plain(*merged.layers) and merged.is_ready() else None
 
+    def order(self) -> Tensor | None:
+        """Return the order in which they want their input, if that is to be folded into what writes it."""
+        if is_watched(self.module):
+            return None
+        merged = self.usable()
+        return None if merged is None else merged.order
+
 
 class FusedAttention:
     """The forward of a Llama's attention, its projections as one, on the CPU with its cache and the rotation.
@@ -81,9 +93,11 @@ class FusedAttention:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
         past_key_values: Any = None,
+        *,
+        in_order: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the module's own forward does."""
+        """Return what the module's own forward does; with `in_order` for channels in the projections' order."""
         module = self.module
         merged = None if _needs_gradient(hidden_states) else self.projections.usable()
         in_one = self._takes(hidden_states, attention_mask, past_key_values)
@@ -97,7 +111,7 @@ class FusedAttention:
                 **kwargs,
             )
         if merged is not None:
-            qkv = merged(hidden_states)
+            qkv = merged(hidden_states, in_order)
         else:
             projections = (module.q_proj, module.k_proj, module.v_proj)
             qkv = torch.cat([projection(hidden_states) for projection in projections], dim=-1)
@@ -180,14 +194,21 @@ class FusedMLP:
         self.module = module
         self.projections = Projections(module, ("gate_proj", "up_proj"), merged)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what the module's own forward does."""
+    def __call__(self, x: Tensor, in_order: bool = False) -> Tensor:
+        """Return what the module's own forward does; with `in_order` for channels in the projections' order."""
         merged = None if _needs_gradient(x) else self.projections.usable()
+        result: Tensor
         if merged is None:
-            result: Tensor = type(self.module).forward(self.module, x)
+            result = type(self.module).forward(self.module, x)
             return result
-        down: Tensor = self.module.down_proj(merged(x))
-        return down
+        inner, down = merged(x, in_order), self.module.down_proj
+        if merged.folded is None:
+            result = down(inner)
+        elif down is merged.reader and down._order is merged.folded and is_plain(down):
+            result = down(inner, in_order=True)
+        else:  # an adapter, or a hook
+            result = down(inner.index_select(-1, torch.argsort(merged.folded)))
+        return result
 
 
 class FusedLayer:
@@ -195,20 +216,34 @@ class FusedLayer:
 
     Args:
         module: computes x + attention(norm(x)), and then that + mlp(norm(that)).
+        folds: whether a norm is written in the order that the packed layers behind it want.
     """
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, folds: bool):
         self.module = module
+        self.norms = module.input_layernorm, module.post_attention_layernorm
+        self.folds = folds
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the module's own forward does."""
         module = self.module
-        before, after = module.input_layernorm, module.post_attention_layernorm
-        if args or _needs_gradient(hidden_states) or module.training or not is_plain(before, after):
+        before, after = self.norms
+        same = module.input_layernorm is before and module.post_attention_layernorm is after
+        if args or _needs_gradient(hidden_states) or module.training or not (same and is_plain(before, after)):
             result: Tensor = type(module).forward(module, hidden_states, *args, **kwargs)
             return result
-        normed = rms_norm(hidden_states, before.weight, before.variance_epsilon)
-        attended, _ = module.self_attn(hidden_states=normed, **kwargs)
-        hidden_states, normed = add_rms_norm(hidden_states, attended, after.weight, after.variance_epsilon)
-        total: Tensor = hidden_states + module.mlp(normed)
+        order, ordered = self._order(module.self_attn)
+        normed = rms_norm(hidden_states, before.weight, before.variance_epsilon, order)
+        attended, _ = module.self_attn(hidden_states=normed, **kwargs, **ordered)
+        order, ordered = self._order(module.mlp)
+        hidden_states, normed = add_rms_norm(hidden_states, attended, after.weight, after.variance_epsilon, order)
+        total: Tensor = hidden_states + module.mlp(normed, **ordered)
         return total
+
+    def _order(self, reader: nn.Module) -> tuple[Tensor | None, dict[str, bool]]:
+        """Return the order in which a module wants its input, and how it is told."""
+        fused = reader.__dict__.get("forward")
+        if not self.folds or not isinstance(fused, (FusedAttention, FusedMLP)):
+            return None, {}
+        order = fused.projections.order()
+        return order, {} if order is None else {"in_order": True}

@@ -191,7 +191,9 @@ def load_packed(
             _Bar(progress, total) as bar,
             packed_cache.cached_layers(cache_packed, built, checkpoint, device_of) as cached,
         ):
-            fill.fill(built, checkpoint, device_of, placed_dtype, bar.update, cached, fusing.groups_of(built.model, fusions))
+            fill.fill(
+                built, checkpoint, device_of, placed_dtype, bar.update, cached, fusing.groups_of(built.model, fusions)
+            )
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise

@@ -102,13 +102,13 @@ class QuantLinear(KeepsDtypes):
 
     def _forget(self) -> None:
         """Drop what was derived from the buffers."""
+        if self._merged is not None:
+            self._merged.forget()
         self._ready = False
-        self._layout = "checkpoint"  # of qweight: that, "gpu" or "cpu"
+        self._layout = "checkpoint"  # of qweight: that, "gpu", "cpu", or "merged" where others hold it
         self._zeros: Tensor | None = None
         # Of the rows: in the checkpoint's layout the group of each, elsewhere where each is in the checkpoint.
         self._order: Tensor | None = None
-        if self._merged is not None:
-            self._merged.forget()
 
     def post_init(self) -> None:
         """Derive from the buffers what the kernels want: zero points unless all are symmetric, the order of
@@ -123,7 +123,8 @@ class QuantLinear(KeepsDtypes):
 
     def _enter_execution(self, empty: Callable[..., Tensor] = torch.empty) -> None:
         zeros = None
-        if not is_symmetric(self.qzeros, self.bits, self.checkpoint_format):
+        self._is_symmetric = is_symmetric(self.qzeros, self.bits, self.checkpoint_format)
+        if not self._is_symmetric:
             v1 = self.checkpoint_format == "gptq"
             zeros = zeros_v1_to_v2(self.qzeros, self.bits) if v1 else self.qzeros
         self._default_mode = cpu_ops.default_mode()
@@ -163,6 +164,10 @@ class QuantLinear(KeepsDtypes):
         """Return what the execution layout replaced, as the file holds it."""
         if self._layout == "gpu":
             return {"qweight": to_checkpoint(self.qweight, self.bits, self._order, self.infeatures)}
+        if self._layout == "merged":
+            assert self._merged is not None
+            words, scales, _ = self._merged.columns_of(self)
+            return {"qweight": to_checkpoint(words, self.bits, self._order, self.infeatures), "scales": scales}
         if self._layout == "cpu":
             qweight = torch.ops.ropewalk.cpu_unpack(
                 self.qweight, self._order, self.bits, self.infeatures, self.outfeatures
@@ -173,6 +178,9 @@ class QuantLinear(KeepsDtypes):
 
     def _leave_execution(self) -> None:
         """Turn the buffers back into what the file holds."""
+        if self._layout == "merged":
+            assert self._merged is not None
+            self._merged.forget()
         for name, tensor in self._checkpoint_tensors().items():
             setattr(self, name, tensor)
         self._forget()
@@ -211,8 +219,13 @@ class QuantLinear(KeepsDtypes):
         self.register_buffer("g_idx", None)
         self._forget()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., outfeatures] in x's dtype for x [..., infeatures]."""
+    def forward(self, x: Tensor, in_order: bool = False) -> Tensor:
+        """Return [..., outfeatures] in x's dtype for x [..., infeatures].
+
+        Args:
+            in_order: whether x's channels are in the order in which a GPU has the rows, act-order folded into
+                what wrote them (see `ropewalk.loader.merged`).
+        """
         if not self._ready:
             self.post_init()
         if self._layout == "cpu":
@@ -230,9 +243,13 @@ class QuantLinear(KeepsDtypes):
                 self.outfeatures,
                 self.computes_exactly,
             )
+        if self._layout == "merged":
+            assert self._merged is not None
+            self._merged.part()
         if self._layout == "gpu":
+            order = None if in_order else self._order
             return torch.ops.ropewalk.packed_linear(
-                x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size
+                x, self.qweight, self.scales, self._zeros, order, self.bias, self.bits, self.group_size
             )
         return torch.ops.ropewalk.gptq_linear(
             x, self.qweight, self.scales, self._zeros, self._order, self.bias, self.bits, self.group_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -299,7 +300,7 @@ def make_float_model() -> Callable[..., tuple[dict[str, Any], Any, dict[str, tor
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
     """Return a function that writes a packed checkpoint and returns the dequantized weights, float32, under the
-    names of the checkpoint.
+    names of the checkpoint; with shared_order layers that read the same input have one act-order, as GPTQ gives them.
     """
 
     def make(
@@ -317,6 +318,7 @@ def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
         extra: dict[str, torch.Tensor] | None = None,
         seed: int = 0,
         sizes: dict[str, Any] | None = None,
+        shared_order: bool = False,
     ) -> dict[str, torch.Tensor]:
         folder.mkdir(parents=True, exist_ok=True)
         config = config_of(arch, sizes)
@@ -327,6 +329,7 @@ def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
         # A router is a Linear of its own in transformers 4, with which AutoGPTQ runs.
         linear -= {n for n in linear if n.endswith(("lm_head", "shared_expert_gate", ".gate"))}
         generator = torch.Generator().manual_seed(seed)
+        orders: dict[str, torch.Tensor] = {}
         for name, tensor in to_hub(model.state_dict(), config).items():
             layer, _, kind = name.rpartition(".")
             if kind != "weight" or (layer not in linear and ".experts." not in layer):
@@ -334,6 +337,8 @@ def make_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
                 plain[name] = tensor.float()
                 continue
             order = torch.randperm(tensor.shape[1], generator=generator) if desc_act else None
+            if order is not None and shared_order:  # as of layers that were quantized on the same inputs
+                order = orders.setdefault(re.sub(r"\b(q|k|v|gate|up)_proj\b|\bw[13]\b", "input", layer), order)
             packed = quantize_rtn(
                 tensor, bits=bits, group_size=group_size, sym=sym, order=order, checkpoint_format=checkpoint_format
             )
