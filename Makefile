@@ -1,7 +1,7 @@
 # Everything is installed into virtual environments below this folder, with the versions of constraints.txt.
 #
 #   make demo     install, and run the main job on the model that ships with the package
-#   make test     install, and run the tests
+#   make test     install, and run the tests (in two processes; PROCESSES=, of which each takes a gigabyte)
 #   make test-transformers56   the tests that matter there with the transformers of text-generation-webui, 5.6
 #   make lint     ruff and mypy
 #   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
@@ -13,28 +13,44 @@
 #                 WEBUI_PYTHON= is its Python, with ropewalk and peft in it; screenshots go to WEBUI_OUT=
 #   make dev      install for work on the code: links that type checkers and editors can follow
 #   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
+#   make environments   only install what the three targets with other programs need; `make compile`, only compile
 #   make clean    remove all of that
 
 PYTHON ?= python3
 VENV := .venv
-PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
+PIP_FLAGS := -c constraints.txt
 # A strict editable install links every file, so a new or removed file calls for another.
 FOLDERS := $(shell find src/ropewalk kernels loader patches bench -type d -not -name __pycache__)
-INSTALL_LINKS = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-	--config-settings editable_mode=strict -e .
+INSTALL_LINKS = $(PIP) --no-deps --no-build-isolation --config-settings editable_mode=strict -e .
+# The shell's words that let environment $(1) see what the first one has and it has not itself.
+lay_over_the_first = below=$$($(abspath $(VENV)/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
+	over=$$($(abspath $(1)/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
+	echo "import site; site.addsitedir('$$below')" > $$over/below.pth
+# Each process gets its share of the processors (tests/conftest.py); one that is done takes tests from another.
+PROCESSES ?= 2
+PYTEST = -m pytest -n $(PROCESSES) --dist worksteal
 
-.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model clean
+.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model \
+	environments compile clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
 
 test: $(VENV)/installed $(VENV)/with-kernels/kernels/__init__.py
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
+
+# The C++ kernels. No test needs them: without a compiler those of them are skipped.
+compile: $(VENV)/installed
+	$(VENV)/bin/python -c "from ropewalk import cpu; cpu.load()"
+
+environments: $(VENV)/with-kernels/kernels/__init__.py $(VENV)-transformers56/environment \
+	$(VENV)-gptqmodel/environment $(VENV)-autogptq/environment
 
 TRANSFORMERS56 := tests/test_rotary.py tests/test_load.py tests/test_transformers.py tests/test_serve.py \
 	tests/test_lora.py tests/test_grid.py
 test-transformers56: $(VENV)-transformers56/environment $(VENV)/installed
-	$(VENV)-transformers56/bin/python -m pytest -p no:cacheprovider $(TRANSFORMERS56) \
+	$(VENV)-transformers56/bin/python $(PYTEST) -p no:cacheprovider $(TRANSFORMERS56) \
 		-k "not does_not_fit and not any_name and not model_cards and (not test_cell or quant_config)"
 
 lint: $(VENV)/installed
@@ -66,11 +82,11 @@ fuzz: $(VENV)/installed
 	$(VENV)/bin/python tests/fuzz_checkpoints.py --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
 oracle: $(VENV)-gptqmodel/installed test-autogptq
-	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python -m pytest \
+	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python $(PYTEST) \
 		tests/test_gptqmodel.py tests/test_formats.py tests/test_gptqmodel_patch.py
 
 test-autogptq: $(VENV)-autogptq/installed
-	$(VENV)-autogptq/bin/python -m pytest tests/test_auto_gptq.py
+	$(VENV)-autogptq/bin/python $(PYTEST) tests/test_auto_gptq.py
 
 # All that there is to compare with on a CPU, in one run each.
 BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
@@ -99,29 +115,27 @@ small-model: $(VENV)-gptqmodel/installed
 
 $(VENV)/environment: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,lint,plot,peft,fastchat]'
+	$(VENV)/bin/python $(PIP) $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,lint,plot,peft,fastchat]'
 	touch $@
 
-$(VENV)-gptqmodel/environment: setup.py pyproject.toml constraints.txt
+# Laid over the first environment before pip looks, which then brings what GPTQModel needs besides.
+$(VENV)-gptqmodel/environment: constraints.txt $(VENV)/environment | $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-gptqmodel
-	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) --config-settings editable_mode=strict -e '.[test,gptqmodel]'
+	$(call lay_over_the_first,$(VENV)-gptqmodel)
+	$(VENV)-gptqmodel/bin/python $(PIP) $(PIP_FLAGS) gptqmodel
 	touch $@
 
 # AutoGPTQ's last release needs the packages of its time, and so ropewalk comes without its own.
 $(VENV)-autogptq/environment: constraints-autogptq.txt
 	$(PYTHON) -m venv $(VENV)-autogptq
-	$(VENV)-autogptq/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-autogptq.txt \
-		auto-gptq ninja pytest
+	$(VENV)-autogptq/bin/python $(PIP) -c constraints-autogptq.txt auto-gptq ninja pytest pytest-xdist
 	touch $@
 
 # Laid over the first environment, with which it shares torch and all that has no version of that time.
-$(VENV)-transformers56/environment: constraints-transformers56.txt $(VENV)/environment
+$(VENV)-transformers56/environment: constraints-transformers56.txt $(VENV)/environment | $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-transformers56
-	$(VENV)-transformers56/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r constraints-transformers56.txt
-	below=$$($(abspath $(VENV)/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
-		over=$$($(abspath $(VENV)-transformers56/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
-		echo "import site; site.addsitedir('$$below')" > $$over/below.pth
+	$(VENV)-transformers56/bin/python $(PIP) --no-deps -r constraints-transformers56.txt
+	$(call lay_over_the_first,$(VENV)-transformers56)
 	touch $@
 
 $(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed: %/installed: %/environment $(FOLDERS)
@@ -130,17 +144,17 @@ $(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed: %/inst
 
 # llama.cpp is compiled for this processor, which takes 5 to 10 minutes on two cores.
 $(VENV)-gptqmodel/llama-cpp: $(VENV)-gptqmodel/environment
-	$(VENV)-gptqmodel/bin/python -m pip install $(PIP_FLAGS) llama-cpp-python==0.3.36 matplotlib
+	$(VENV)-gptqmodel/bin/python $(PIP) $(PIP_FLAGS) llama-cpp-python==0.3.36 matplotlib
 	touch $@
 
 $(VENV)-browser/installed: constraints-browser.txt
 	$(PYTHON) -m venv $(VENV)-browser
-	$(VENV)-browser/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-browser.txt playwright
+	$(VENV)-browser/bin/python $(PIP) -c constraints-browser.txt playwright
 	touch $@
 
 # Hugging Face's `kernels`, out of the way, for the test that our folder of that name does not hide it.
-$(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/with-kernels kernels
+$(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment | $(VENV)/installed
+	$(VENV)/bin/python $(PIP) $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/with-kernels kernels
 	touch $@
 
 clean:

@@ -56,8 +56,8 @@ EXTRAS = {
     "gptqmodel": ["gptqmodel>=7.6"],
     "fastchat": ["fschat>=0.2.36", "peft>=0.18"],
     "test": [
-        *("pytest>=8", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18", "bitsandbytes>=0.46.1", "packaging"),
-        *("fastapi", "uvicorn", "openai>=1.98"),
+        *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18"),
+        *("bitsandbytes>=0.46.1", "packaging", "fastapi", "uvicorn", "openai>=1.98"),
     ],
     "lint": ["ruff", "mypy"],
 }

@@ -6,7 +6,7 @@ the model and one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from ropewalk.loader.arena import Arena
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.experts import PackedExperts
 from ropewalk.loader.halves import HALVES, HalfEmbedding, HalfLinear
+from ropewalk.loader.merged import Slots, can_merge
 from ropewalk.loader.packed_cache import Parts, adopt
+from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.reader import Reader
 from ropewalk.loader.safetensors_file import TensorEntry
 from ropewalk.loader.skeleton import Skeleton
@@ -32,6 +34,7 @@ def fill(
     dtype: torch.dtype,
     progress: Progress,
     cached: Mapping[str, Parts],
+    groups: Iterable[Sequence[QuantLinear]] = (),
 ) -> None:
     """Read every tensor of a checkpoint to its place.
 
@@ -40,6 +43,7 @@ def fill(
         dtype: of what is not packed.
         progress: called with a number of bytes whenever so many more have been read.
         cached: packed layers that need not be read (see packed_cache.py).
+        groups: packed layers that read one input: on the CPU they get memory side by side (see merged.py).
 
     Raises:
         OffsetsError: a file that has become shorter since its header was read.
@@ -53,6 +57,10 @@ def fill(
     }
     stack_of = {layer: stack for stack in waiting for name in stack.names for layer in stack.layers(name)}
     arena = Arena()
+    slots = {}
+    for group in groups:
+        if can_merge(group) and all(device_of(names[layer]).type == "cpu" for layer in group):
+            slots.update(dict.fromkeys(group, Slots(group, arena.empty)))
     with checkpoint.reader() as reader:
         for entry, layer_name in _in_order(checkpoint):
             if layer_name is None:
@@ -64,7 +72,8 @@ def fill(
             if layer_name in cached:
                 adopt(module, cached[layer_name])
             else:
-                module.fill(reader.read_layer(layer), device_of(names[module]), arena.empty)
+                empty = slots[module].empty_for(module) if module in slots else arena.empty
+                module.fill(reader.read_layer(layer), device_of(names[module]), empty)
             if stack := stack_of.get(module):
                 waiting[stack] -= 1
                 if waiting[stack] == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ropewalk.errors import (
 )
 from ropewalk.gptq.cpu_ops import check_mode
 from ropewalk.loader import fill, packed_cache, peft_hook, place, skeleton
+from ropewalk.loader import fuse as fusing
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.rope import RopeDecision, decide_rope
@@ -44,6 +45,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     lora: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     cpu_mode: str | None = None,
+    fuse: str | Iterable[str] = "auto",
     bits: int | None = None,
     group_size: int | None = None,
     load_in_4bit: bool = False,
@@ -71,6 +73,8 @@ def load(
         lora: a folder or Hub name with a PEFT adapter to put on top, several, or name -> folder.
         cpu_mode: of packed layers on the CPU: "int8" rounds activations to 8 bits in blocks of 32, "exact" does not
             (see `ropewalk.gptq.cpu_ops`); by default $ROPEWALK_CPU_MODE, or "int8".
+        fuse: which steps of packed models are taken together: "auto" for all that can be, "none", or some of
+            "qkv,gate-up,norm,attention" (see `ropewalk.loader.fuse`). $ROPEWALK_FUSE says what "auto" is.
         bits, group_size: of checkpoints that do not say how they are packed.
         load_in_4bit: have bitsandbytes pack a float16 model while it is loaded.
         cache_packed: keep packed layers on disk as the CPU computes with them, and map them from there the next time
@@ -120,6 +124,7 @@ def load(
         loaded = load_plain(checkpoint, decision, **placement, **kwargs)
     else:
         kwargs["cache_packed"] = cache_packed
+        kwargs["fuse"] = fuse
         loaded = load_packed(checkpoint, decision, progress=progress, **placement, **kwargs)
         for layer in loaded.modules():
             if isinstance(layer, QuantLinear):
@@ -159,6 +164,7 @@ def load_packed(
     dtype: torch.dtype | str | None = None,
     progress: bool | Progress = False,
     cache_packed: bool = False,
+    fuse: str | Iterable[str] = "auto",
     model_class: Any = None,
     **options: Any,
 ) -> Any:
@@ -174,6 +180,7 @@ def load_packed(
     from ropewalk.loader import quantizer
 
     placed_dtype = as_dtype(dtype, device_map)
+    fusions = fusing.parse_fusions(fuse)
     built = skeleton.build(checkpoint, decision, placed_dtype, model_class, **options)
     placed = place.plan(built.model, device_map, max_memory, placed_dtype)
     total = checkpoint.nbytes()
@@ -184,7 +191,7 @@ def load_packed(
             _Bar(progress, total) as bar,
             packed_cache.cached_layers(cache_packed, built, checkpoint, device_of) as cached,
         ):
-            fill.fill(built, checkpoint, device_of, placed_dtype, bar.update, cached)
+            fill.fill(built, checkpoint, device_of, placed_dtype, bar.update, cached, fusing.groups_of(built.model, fusions))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
@@ -203,6 +210,7 @@ def load_packed(
         model.generation_config = generation_config
     quantizer.install_rope(model, decision)
     model.eval()
+    fusing.fuse(model, fusions, placed)
     place.dispatch(model, placed)
     peft_hook.enable()
     return model

@@ -27,6 +27,7 @@ from ropewalk.gptq.format import (
 )
 from ropewalk.gptq.layout import has_even_groups, row_order, supports, to_checkpoint, to_execution
 from ropewalk.loader.keeps_dtypes import KeepsDtypes
+from ropewalk.loader.merged import Merged
 
 
 class QuantLinear(KeepsDtypes):
@@ -91,6 +92,7 @@ class QuantLinear(KeepsDtypes):
         self.maxq = (1 << bits) - 1
         self.checkpoint_format = checkpoint_format
         self.cpu_mode: str | None = None
+        self._merged: Merged | None = None  # with other layers that read the same input
         self.register_buffer("bias", None)
         for name, (shape, dtype) in tensors.items():
             dtype = weight_dtype if dtype.is_floating_point else dtype
@@ -105,6 +107,8 @@ class QuantLinear(KeepsDtypes):
         self._zeros: Tensor | None = None
         # Of the rows: in the checkpoint's layout the group of each, elsewhere where each is in the checkpoint.
         self._order: Tensor | None = None
+        if self._merged is not None:
+            self._merged.forget()
 
     def post_init(self) -> None:
         """Derive from the buffers what the kernels want: zero points unless all are symmetric, the order of

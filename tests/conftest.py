@@ -42,6 +42,45 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None
 
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    seen: set[str] = set()
+    call = interpreter.InterpretedFunction.__call__
+
+    def call_within_a_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of a kernel. Before each call Triton puts its interpreted language where the function's
+        module looks for it, which takes a third of the time of all that is interpreted; but it is there already, by
+        the kernel or by the first call, which never takes it back.
+        """
+        if self.fn.__module__ not in seen:
+            seen.add(self.fn.__module__)
+            return call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_within_a_kernel
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Give each of the processes of `pytest -n` its share of the processors, and so what it starts.
+
+    Without it the threads of one wait, spinning, for others that the threads of the next keep from their core.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // len(specs))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let torch have two threads or more, however many processes share the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Return where Triton kernels are tested: a GPU, or the CPU through Triton's interpreter."""

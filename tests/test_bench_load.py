@@ -136,19 +136,30 @@ def test_how_a_process_ended(code, expected):
         load_process.run_worker({}, [sys.executable, "-c", code])
 
 
-def test_a_process_has_a_terminal_and_its_memory_is_seen():
-    code = """
-import json, sys, time
+def test_a_process_has_a_terminal_and_its_memory_is_seen(tmp_path, monkeypatch):
+    """It holds memory until that was seen, however long a busy machine takes for it."""
+    look, seen = load_process._look, tmp_path / "seen"
+
+    def look_and_say(process, before, found):
+        look(process, before, found)
+        if found.get("peak_anonymous_bytes", 0) > 45e6:
+            seen.touch()
+
+    monkeypatch.setattr(load_process, "_look", look_and_say)
+    code = f"""
+import json, os, sys, time
 from ropewalk.bench.load_worker import memory, reset_peak
 before = reset_peak()
-print(json.dumps({"event": "imported", **before}), flush=True)
-held = bytearray(50_000_000)
+print(json.dumps({{"event": "imported", **before}}), flush=True)
+held, end = bytearray(50_000_000), time.monotonic() + 60
+while not os.path.exists({str(seen)!r}) and time.monotonic() < end:
+    time.sleep(0.01)
 time.sleep(0.2)
 del held
 print("\\r50%", file=sys.stderr)
-print(json.dumps({"event": "loaded", "terminal": sys.stderr.isatty()}), flush=True)
+print(json.dumps({{"event": "loaded", "terminal": sys.stderr.isatty()}}), flush=True)
 print("no event")
-print(json.dumps({"event": "called", "peak_bytes": memory()["peak"] - before["peak"]}), flush=True)
+print(json.dumps({{"event": "called", "peak_bytes": memory()["peak"] - before["peak"]}}), flush=True)
 """
     found = load_process.run_worker({}, [sys.executable, "-c", code])
     assert found["terminal"]

@@ -38,7 +38,7 @@ def together(*functions):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert errors == []
     assert not any(thread.is_alive() for thread in threads)
     return results
@@ -103,18 +103,18 @@ def test_another_thread_that_builds_all_the_while(tmp_path, make_checkpoint, mon
 
     def filling(*arguments):
         built.set()
-        assert changed.wait(30)
+        assert changed.wait(300)
         return real(*arguments)
 
     monkeypatch.setattr(fill, "fill", filling)
 
     def build_all_the_while():
-        assert built.wait(30)
+        assert built.wait(300)
         with skeleton.BUILDING, skeleton._empty_weights():
             torch.set_default_dtype(torch.bfloat16)
             changed.set()
             try:
-                assert finished.wait(30)
+                assert finished.wait(300)
             finally:
                 torch.set_default_dtype(torch.float32)
 
@@ -178,7 +178,7 @@ for _ in range(2):
         process.stdin.write("\n")
         process.stdin.flush()
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)  # on a busy machine, too
         assert out.split() == [expected] * 2, err
     if cpu.load():
         assert [p.name for p in tmp_path.glob("m/.ropewalk/*")] == ["model.safetensors"]

@@ -312,6 +312,7 @@ def test_a_user_at_a_terminal_is_told(monkeypatch, sources, capsys):
     assert capsys.readouterr().err.startswith("ropewalk: building the CPU kernels (once")
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_an_operator_on_torchs_own_threads(sources):
     (sources / "tiny.cpp").write_text(OPERATOR)
     library = torch.library.Library("ropewalk_test_cpu_build", "DEF")

@@ -28,6 +28,9 @@ SHAPES = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     if not cpu.load():

@@ -12,6 +12,9 @@ ops = torch.ops.ropewalk
 COLUMNS = (1, 31, 32, 40, 64, 72, 96, 129, 200)
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     if not cpu.load():

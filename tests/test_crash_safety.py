@@ -188,7 +188,7 @@ def drive(root, job):
         [sys.executable, "-c", textwrap.dedent(DRIVER), job, str(KILLS), str(TIMED), str(root)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import ropewalk
@@ -25,15 +27,47 @@ pytest.importorskip("gptqmodel", reason="`make oracle` makes an environment with
 AUTOGPTQ = os.environ.get("ROPEWALK_AUTOGPTQ")
 
 
+@pytest.fixture
+def say(capsys):
+    """Return a function that prints to the terminal; what a process of `pytest -n` prints to stdout, nobody sees."""
+
+    def say(text):
+        with capsys.disabled():
+            print(f"\n{text}", file=sys.stderr)
+
+    return say
+
+
 @pytest.fixture(scope="session")
-def float_model(tmp_path_factory, shipped_folder):
+def once(tmp_path_factory):
+    """Return a function that has a folder of a name filled, once for all the processes of `pytest -n`."""
+    mine = tmp_path_factory.getbasetemp()
+    shared = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+    def get(name, fill):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                fill(shared / f"{name}.new")
+                (shared / f"{name}.new").rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def float_model(once, shipped_folder):
     """Return a folder with a float model that computes what the shipped 4-bit one does, off its grid.
 
     The gains of the norms are multiplied into the layers behind them and the residual stream is turned by a
     random rotation (Ashkboos et al. 2024, arXiv:2401.15024, section 3), which changes no output. What is
     left has no trace of codes and scales, so packing it anew is an honest test.
     """
-    folder = tmp_path_factory.mktemp("float")
+    return once("float", partial(write_float_model, shipped_folder))
+
+
+def write_float_model(shipped_folder, folder):
+    folder.mkdir()
     model, tokenizer = ropewalk.load(shipped_folder)
     torch.manual_seed(0)
     w = {}
@@ -67,7 +101,6 @@ def float_model(tmp_path_factory, shipped_folder):
     ids = torch.tensor(tokenizer(held_out_text())["input_ids"][:200])[None]
     with torch.inference_mode():
         assert (turned(ids).logits - model(ids).logits).abs().max() < 0.05  # float16 weights
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -78,19 +111,15 @@ def shipped_folder():
 
 
 @pytest.fixture(scope="session")
-def quantized(float_model, tmp_path_factory):
+def quantized(once, float_model):
     """Return a function that quantizes the float model, once for each setting."""
-    made = {}
 
     def make(**settings):
-        key = json.dumps(settings, sort_keys=True)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("quantized") / "out"
-            arguments = {"samples": 48, "length": 256, "group_size": 32, **settings}
-            if settings.get("method") != "rtn":
-                arguments["text"] = held_out_text()[:60_000]
-            ropewalk.quantize(float_model, made[key], **arguments)
-        return made[key]
+        arguments = {"samples": 48, "length": 256, "group_size": 32, **settings}
+        if settings.get("method") != "rtn":
+            arguments["text"] = held_out_text()[:60_000]
+        key = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
+        return once(key, partial(ropewalk.quantize, float_model, **arguments))
 
     return make
 
@@ -103,13 +132,10 @@ def score(folder):
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_beats_rounding_to_nearest(float_model, quantized, bits, capsys):
+def test_gptq_beats_rounding_to_nearest(float_model, quantized, bits, say):
     exact = score(float_model)
     rounded, gptq = score(quantized(bits=bits, method="rtn")), score(quantized(bits=bits))
-    with capsys.disabled():
-        print(
-            f"\nperplexity at {bits} bits, group 32: float {exact:.3f}, GPTQ {gptq:.3f}, round to nearest {rounded:.3f}"
-        )
+    say(f"perplexity at {bits} bits, group 32: float {exact:.3f}, GPTQ {gptq:.3f}, round to nearest {rounded:.3f}")
     assert exact < gptq < rounded
 
 
@@ -206,7 +232,7 @@ CASES = {
 
 @pytest.mark.parametrize("program", ["gptqmodel", "autogptq"])
 @pytest.mark.parametrize("case", CASES)
-def test_other_programs_compute_the_same(program, case, quantized, shipped_folder, tmp_path, capsys):
+def test_other_programs_compute_the_same(program, case, quantized, shipped_folder, tmp_path, say):
     if program == "autogptq" and AUTOGPTQ is None:
         pytest.skip("ROPEWALK_AUTOGPTQ names no interpreter; `make oracle` does")
     folder = shipped_folder if CASES[case] is None else quantized(**CASES[case])
@@ -216,8 +242,7 @@ def test_other_programs_compute_the_same(program, case, quantized, shipped_folde
         ours = model(ids).logits
     theirs, who = logits_of(program, folder, ids, tmp_path)
     difference = (ours - theirs).abs().max().item()
-    with capsys.disabled():
-        print(f"\n{case}: {who}; largest difference of the logits at 512 positions {difference:.1e}")
+    say(f"{case}: {who}; largest difference of the logits at 512 positions {difference:.1e}")
     assert difference < 1e-4
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
@@ -247,7 +272,7 @@ def named_by_gptqmodel(folder, copy):
 
 @pytest.mark.parametrize("arch", ["codellama", "qwen2", "mpt", "mixtral"])
 def test_architectures_that_gptqmodel_packs(
-    arch, shipped_folder, make_float_model, dequantized_folder, reference_model, tmp_path, capsys
+    arch, shipped_folder, make_float_model, dequantized_folder, reference_model, tmp_path, say
 ):
     # More than the tokenizer's 2048: loaded for a Qwen2, it gets Qwen's own special tokens besides.
     config, _, weights = make_float_model(arch, vocab_size=2112)
@@ -277,9 +302,8 @@ def test_architectures_that_gptqmodel_packs(
     copy = named_by_gptqmodel(packed, tmp_path / "copy")
     theirs, who = logits_of("gptqmodel", copy, ids, tmp_path)
     differences = [(ours - other).abs().max().item() for other in (plain, theirs)]
-    with capsys.disabled():
-        print(f"\n{arch}: {len(layers)} layers; {who}; largest difference of the logits at 100 positions", end=" ")
-        print("{:.1e} from transformers, {:.1e} from GPTQModel".format(*differences))
+    off = "{:.1e} from transformers, {:.1e} from GPTQModel".format(*differences)
+    say(f"{arch}: {len(layers)} layers; {who}; largest difference of the logits at 100 positions {off}")
     assert max(differences) < 1e-4
     with torch.inference_mode():
         assert torch.equal(ropewalk.load(copy)[0](ids).logits, ours)

@@ -17,6 +17,9 @@ from ropewalk.loader.load import load
 HALVES = [torch.float16, torch.bfloat16]
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     if not cpu.load():

@@ -19,6 +19,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SENTINEL = -77.0
 
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
 @pytest.fixture(autouse=True)
 def _kernels():
     if not cpu.load():

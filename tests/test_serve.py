@@ -27,7 +27,7 @@ pytest.importorskip("openai")
 
 README = Path(__file__).parents[1] / "README.md"
 PROMPT = "And it came to pass"
-SECONDS = 120  # within which it must be up on a busy machine
+SECONDS = 300  # within which it must be up on a busy machine
 
 
 def ask(url, body=None):
@@ -35,7 +35,7 @@ def ask(url, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             if "event-stream" in answer.headers["Content-Type"]:
                 lines = [line.decode().strip() for line in answer]
                 return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
@@ -80,7 +80,7 @@ def serving(home, *arguments):
         yield url, server
     finally:
         server.kill()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
 
 
 def test_the_model_that_ships_is_served(tmp_path, shipped):
@@ -121,7 +121,7 @@ def test_the_model_that_ships_is_served(tmp_path, shipped):
         status, found = ask(f"{url}/v1/completions", {"model": "another", "prompt": PROMPT})
         assert status == 400
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=30)
+        out, err = server.communicate(timeout=120)
     assert server.returncode in (0, 130)
     assert json.loads(out) == {"model": "demo", "url": url}
     assert "Traceback" not in err
