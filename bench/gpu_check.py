@@ -2,10 +2,10 @@
 
     python -m ropewalk.bench.gpu_check [--device cuda] [--small] [--workers N]
 
-Packed layers of every bit width, group size, order and zero point; rotations; norms. With --small at sizes for which
-compute-sanitizer has the patience, and without graphs, which torch cannot capture with its allocator out of the
-sanitizer's way. Nearly all of the time goes into compiling, which several workers share. Prints a line for each failure
-and one at the end; exits with 1 if there was a failure.
+Packed layers of every bit width, group size, order and zero point, gate and up in one, rotations, norms. With --small
+at sizes for which compute-sanitizer has the patience, and without graphs, which torch cannot capture with its allocator
+out of the sanitizer's way. Nearly all of the time goes into compiling, which several workers share. Prints a line for
+each failure and one at the end; exits with 1 if there was a failure.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from ropewalk.bench.peers.weight import random_weight
 from ropewalk.bench.report import largest_error, verdict
 from ropewalk.bench.rope import Heads, make_inputs
 from ropewalk.bench.timing import Rotation
+from ropewalk.gptq.layout import row_order, to_execution
+from ropewalk.gptq.reference import gated
 from ropewalk.norm.ops import DTYPES
 from ropewalk.norm.reference import rms_norm
 from ropewalk.rope.reference import rope
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     mine = slice(args.part or 0, None, args.workers)
     with torch.inference_mode():
         for name, fault in itertools.chain(
-            *(part(device, args.small, mine) for part in (_matmuls, _rotations, _norms))
+            *(part(device, args.small, mine) for part in (_matmuls, _gate_ups, _rotations, _norms))
         ):
             count += 1
             if fault:
@@ -99,16 +101,28 @@ def _matmuls(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[s
                 expected = linear(x.float(), dense)
                 largest = float(expected.abs().max())
                 tolerance = 2 * largest_error(linear(x, dense.to(dtype)), expected) + 1e-5 * largest
-                first, second = run(x), run(x)
                 name = f"{k}x{n}, {bits} bits, group {group_size}, order {desc_act}, sym {sym}, {dtype}, M={m}"
-                if not torch.equal(first, second):
-                    yield name, "a second run gives other bits"
-                elif not small and (fault := _graph(partial(run, x), first, device)):
-                    yield name, fault
-                elif verdict(largest_error(first, expected), tolerance, largest) != "ok":
-                    yield name, f"off by {largest_error(first, expected):.3g}, expected at most {tolerance:.3g}"
-                else:
-                    yield name, ""
+                yield name, _fault(partial(run, x), expected, tolerance, small)
+
+
+def _gate_ups(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str, str]]:
+    """Yield the name of each case of gate and up in one that is ours to check, and what is wrong with it, or ""."""
+    k, n = (256, 192) if small else (1024, 768)
+    ms = (1, 17) if small else (1, 2, 8, 16, 33, 200, 1024)
+    for bits, desc_act in list(itertools.product((2, 3, 4, 8), (False, True)))[mine]:
+        weight = random_weight(k, n, bits=bits, group_size=64, desc_act=desc_act, sym=not desc_act, device=device)
+        dense = weight.dense().t().contiguous()
+        order = row_order(weight.g_idx, 64)
+        zeros = weight.zeros() if desc_act else None
+        packed = (to_execution(weight.qweight, bits, order), weight.scales, zeros, order, None, bits, 64)
+        dtype = (torch.bfloat16, torch.float16)[desc_act]
+        for m in ms:
+            x = torch.randn(m, k, device=device).to(dtype) / 8
+            exact = gated(linear(x.float(), dense))
+            torchs = gated(linear(x, dense.to(dtype)))
+            tolerance = 2 * largest_error(torchs, exact) + 1e-5 * float(exact.abs().max())
+            name = f"gate and up, {k}x{n}, {bits} bits, order {desc_act}, {dtype}, M={m}"
+            yield name, _fault(partial(torch.ops.ropewalk.packed_gate_up, x, *packed), exact, tolerance, small)
 
 
 def _rotations(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str, str]]:
@@ -148,21 +162,25 @@ def _norms(device: torch.device, small: bool, mine: slice) -> Iterator[tuple[str
         tolerance = 2 * largest_error(torch.cat([x + y, rms_norm(x + y, weight, 1e-5, order)]), exact) + 1e-5 * largest
         name = f"add_rms_norm, {tokens}x{k}, {dtype}, order {ordered}"
 
-        def run(*given: torch.Tensor | None) -> torch.Tensor:
-            return torch.cat(torch.ops.ropewalk.add_rms_norm(*given[:3], 1e-5, given[3]))
+        def run(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+            return torch.cat(torch.ops.ropewalk.add_rms_norm(x, y, weight, 1e-5, order))
 
-        given = (x, y, weight, order)
-        first, second = run(*given), run(*given)
-        if not torch.equal(first, second):
-            yield name, "a second run gives other bits"
-        elif not torch.equal(first[:tokens], x + y):
-            yield name, "the sum is not torch's"
-        elif not small and (fault := _graph(partial(run, *given), first, device)):
-            yield name, fault
-        elif verdict(largest_error(first, exact), tolerance, largest) != "ok":
-            yield name, f"off by {largest_error(first, exact):.3g}, expected at most {tolerance:.3g}"
-        else:
-            yield name, ""
+        fault = _fault(partial(run, x, y, weight, order), exact, tolerance, small)
+        same = torch.equal(run(x, y, weight, order)[:tokens], x + y)
+        yield name, fault or ("" if same else "the sum is not torch's")
+
+
+def _fault(call: Callable[[], torch.Tensor], exact: torch.Tensor, tolerance: float, small: bool) -> str:
+    """Return what is wrong with a call whose result is to be within `tolerance` of `exact`, or ""."""
+    first, second = call(), call()
+    error = largest_error(first, exact)
+    if not torch.equal(first, second):
+        return "a second run gives other bits"
+    if not small and (fault := _graph(call, first, exact.device)):
+        return fault
+    if verdict(error, tolerance, float(exact.abs().max())) != "ok":
+        return f"off by {error:.3g}, expected at most {tolerance:.3g}"
+    return ""
 
 
 def _graph(call: Callable[[], torch.Tensor], expected: torch.Tensor, device: torch.device) -> str:

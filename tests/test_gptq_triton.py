@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 import ropewalk.gptq.ops  # noqa: F401
-from ropewalk.gptq import reference
+from ropewalk.gptq import few_tokens, reference
 from ropewalk.gptq.format import BITS, pack, unpack
 from ropewalk.gptq.layout import PLANE, WORDS, gate_and_up, rows_per_block, to_execution
 from ropewalk.gptq.layout import row_order as order_of
@@ -167,6 +167,30 @@ def test_gate_and_up_in_one(device, bits, tokens, dtype, columns):
             y = packed_linear(x, words, scales, zeros, order, bias, plan=plan, split=split, **settings)
             assert y.shape == (tokens, words.shape[1] // 2)
             assert (y.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("gate_up", [False, True])
+def test_what_the_kernel_in_cuda_returns_is_added_and_gated(device, monkeypatch, split, gate_up):
+    """Its place is taken by plain torch here: test_few_tokens.py has the kernel itself."""
+    arguments, weight = layer(device, 4, 64, act_order=True, sym=False, bias=True)
+    x = torch.randn(2, 3, K, device=device).half() / 8
+
+    def stand_in(rows, words, scales, zeros, order, bias, *, split, gate_up, tiles, warps, stages, **packing):
+        assert (tiles, warps, stages) == (2, 8, 4)
+        y = rows.float() @ weight
+        if split > 1:
+            return torch.stack((0.25 * y, 0.75 * y))
+        y += bias.float()
+        return (reference.gated(y) if gate_up else y).to(rows.dtype)
+
+    monkeypatch.setattr(few_tokens, "few_tokens", stand_in)
+    plan = Plan(32, "cuda", block_n=32, num_warps=8, num_stages=4)
+    settings = {"bits": 4, "group_size": 64, "plan": plan, "split": split, "gate_up": gate_up}
+    y = packed_linear(x, *arguments, **settings)
+    expected = x.float() @ weight + arguments[4].float()
+    expected = reference.gated(expected) if gate_up else expected
+    torch.testing.assert_close(y, expected.half(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("bits", BITS)

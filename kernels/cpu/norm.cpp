@@ -72,6 +72,9 @@ WIDEST void norm_row(at::ScalarType dtype, const Row& row, float* scratch) {
 // Whether these are arguments for `norm`, which checks nothing.
 bool fit(const Tensor& x, const OptionalTensor& y, const Tensor& weight, const OptionalTensor& order) {
   const auto dtype = x.scalar_type();
+  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || (y && y->requires_grad()))) {
+    return false;  // the gradient would be lost
+  }
   if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) return false;
   if (x.dim() < 1 || x.size(-1) == 0 || weight.sizes() != x.sizes().slice(x.dim() - 1)) return false;
   if (weight.scalar_type() != dtype || !weight.is_contiguous()) return false;

@@ -63,9 +63,11 @@ def packed_experts(
         from ropewalk.gptq import triton_grouped
 
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
-            settings = {"bits": bits, "group_size": group_size, "gate_up": gate_up}
             return triton_grouped.packed_experts(
-                x, words, scales, zeros, order, bias, expert_ids, routing_weights, **settings
+                *(x, words, scales, zeros, order, bias, expert_ids, routing_weights),
+                bits=bits,
+                group_size=group_size,
+                gate_up=gate_up,
             )
 
     def product(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
