@@ -196,14 +196,15 @@ def _compare(kind: Any, config: Any) -> bool:
     return known and isinstance(expected, torch.Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-class _InSteps(FusedAttention):
-    """Takes float layers as well as packed ones."""
+class _InSteps:
+    """The forward of a fused attention whose projections are called one by one, float ones as well."""
 
     def __init__(self, module: Any):
-        super().__init__(module, None, in_one=False)
+        self.module = module
+        self.fused = FusedAttention(module, None, in_one=False)
 
-    def __call__(self, hidden_states: torch.Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         module = self.module
         qkv = torch.cat([layer(hidden_states) for layer in (module.q_proj, module.k_proj, module.v_proj)], dim=-1)
-        mask, cache = kwargs.pop("attention_mask", None), kwargs.pop("past_key_values", None)
-        return self._in_steps(qkv, *position_embeddings, mask, cache, kwargs)
+        cos, sin = kwargs.pop("position_embeddings")
+        return self.fused.in_steps(qkv, cos, sin, kwargs.pop("attention_mask"), kwargs.pop("past_key_values"), kwargs)

@@ -120,7 +120,7 @@ class FusedAttention:
             attended = self._in_one(qkv, cos, sin, attention_mask, past_key_values)
             if attended is not None:
                 return module.o_proj(attended), None
-        return self._in_steps(qkv, cos, sin, attention_mask, past_key_values, kwargs)
+        return self.in_steps(qkv, cos, sin, attention_mask, past_key_values, kwargs)
 
     def _takes(self, x: Tensor, mask: Any, cache: Any) -> bool:
         """Return whether the attention of these tokens can be one call."""
@@ -153,9 +153,10 @@ class FusedAttention:
         module = self.module
         return module.q_proj.out_features // module.head_dim, module.k_proj.out_features // module.head_dim
 
-    def _in_steps(
+    def in_steps(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
+        """Return what the module's own forward does with its projections, [B, S, heads of q, k and v times D]."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         module, modeling = self.module, sys.modules[self.modeling]
@@ -182,6 +183,10 @@ def _window(module: Any) -> int | None:
     return window if window is not None or is_llama else getattr(module.config, "sliding_window", None)
 
 
+def _same(module: Any, other: Any) -> bool:
+    return module is other
+
+
 class FusedMLP:
     """The forward of a gated MLP, gate and up as one.
 
@@ -204,7 +209,7 @@ class FusedMLP:
         inner, down = merged(x, in_order), self.module.down_proj
         if merged.folded is None:
             result = down(inner)
-        elif down is merged.reader and down._order is merged.folded and is_plain(down):
+        elif _same(down, merged.reader) and down._order is merged.folded and is_plain(down):
             result = down(inner, in_order=True)
         else:  # an adapter, or a hook
             result = down(inner.index_select(-1, torch.argsort(merged.folded)))

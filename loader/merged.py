@@ -49,7 +49,11 @@ class Merged:
             self._split()
         self.layout: str | None = None
         self._was_tried = False
-        self.words = self.scales = self.zeros = self.bias = self._rows = None
+        self.words: Tensor | None = None
+        self.scales: Tensor | None = None
+        self.zeros: Tensor | None = None
+        self.bias: Tensor | None = None
+        self._rows: Tensor | None = None  # on the CPU
         self.order: Tensor | None = None
         self.folded: Tensor | None = None
         self._place: Tensor | None = None  # of each column of the layers, one after another, on a GPU
