@@ -18,14 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ropewalk import cpu
-from ropewalk.bench.decode import MOST, SPARE, TOLERANCE, available_memory
+from ropewalk.bench.decode import TOLERANCE
+from ropewalk.bench.decode_rows import MOST
 from ropewalk.bench.load_process import SAMPLE, LoadError, run_worker
 from ropewalk.bench.load_worker import tensor_spans
-from ropewalk.bench.model import RECIPE, PackedModel, Packing, make_once, packed_model, write_tokenizer
+from ropewalk.bench.memory import SPARE, available_memory, too_little
+from ropewalk.bench.model import RECIPE, NoRoomError, PackedModel, make_once, packed_model
 from ropewalk.bench.peers.base import Program
-from ropewalk.bench.peers.decode.models import plain_model
+from ropewalk.bench.peers.decode.plain import plain_model
 from ropewalk.bench.peers.ours import OURS
+from ropewalk.bench.random_model import write_tokenizer
 from ropewalk.bench.report import Report, Row, add_ratios, case_name, duration, largest_error, verdict
+from ropewalk.bench.shapes import Packing, parse_shape
 from ropewalk.bench.timing import Timing
 from ropewalk.loader.write import write_json, write_weights
 from ropewalk.terminal import size, table
@@ -125,7 +129,7 @@ def bench_load(
     """Time loaders on every model, into `report`; they take turns, each time in a fresh process.
 
     Args:
-        names: shapes, as `model.parse_shape` takes them.
+        names: shapes, as `shapes.parse_shape` takes them.
         root: where models are kept.
         dtype: of activations, for the peers that have it.
         runs: how many times each loads each model.
@@ -141,11 +145,16 @@ def bench_load(
     for packing in packings:
         for name in names:
             before, rows = len(report.skipped), []
-            if deadline is not None and time.monotonic() > deadline:
-                report.skip("all", "out of time", model=name, **packing._asdict())
-            else:
-                model = packed_model(name, packing, root, report.device, rounded=False)
-                rows = _model(report, model, dtype, peers, runs, threads, deadline)
+            late = deadline is not None and time.monotonic() > deadline
+            reason = "out of time" if late else _cannot_check(name, packing, report.device)
+            try:
+                if reason is None:
+                    model = packed_model(name, packing, root, report.device, rounded=False)
+                    rows = _model(report, model, dtype, peers, runs, threads, deadline)
+            except NoRoomError as error:
+                reason = str(error)
+            if reason is not None:
+                report.skip("all", reason, model=name, **packing._asdict())
             report.results += rows
             if on_case is not None:
                 on_case(rows, report.skipped[before:])
@@ -193,6 +202,13 @@ def _model(
     return rows
 
 
+def _cannot_check(name: str, packing: Packing, device: torch.device) -> str | None:
+    """Return that there is no memory for the model whose logits are right, in float32, or None."""
+    shape = parse_shape(name, packing)
+    needed = shape.packed_bytes(packing) + 8 * shape.vocab * shape.hidden
+    return too_little(needed, available_memory(device))
+
+
 def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why there is no room to load a model, or to keep its files, or None."""
     needed, free = loader.room * loader.nbytes(model), available_memory(device)
@@ -210,7 +226,7 @@ def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: t
 
 def float16_bytes(model: PackedModel) -> int:
     """Return the size of a model with its weights unpacked to float16."""
-    return 2 * (model.dense_count() + model.shape.vocab * model.shape.hidden)
+    return 2 * model.shape.parameters()
 
 
 def _float16_path(model: PackedModel) -> Path:
@@ -221,7 +237,8 @@ def float16_folder(model: PackedModel) -> Path:
     """Return the folder with a model's weights unpacked to float16; make it where it is not there."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in ("model.embed_tokens.weight", "lm_head.weight", *model.shape.norms()):
+        shape = model.shape
+        for name in (*shape.embeddings, *shape.norms(), *shape.routers()):
             yield name, model.checkpoint.read(name)
         for layer, _, _ in model.shape.linears():
             yield f"{layer}.weight", model.weight(layer).dense().to(torch.float16).t().contiguous()
@@ -237,7 +254,7 @@ def float16_folder(model: PackedModel) -> Path:
 
 @torch.inference_mode()
 def _expected(model: PackedModel, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Return the logits of a prompt by transformers' own Llama, which unpacks a layer at a time in float32."""
+    """Return the logits of a prompt by transformers' own model, which unpacks a layer at a time in float32."""
     reference = plain_model(model, torch.float32, device, unpack=False)
     logits: Tensor = reference(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].cpu()
     del reference
