@@ -1,9 +1,9 @@
 """`ropewalk bench decode`: whole models decoding greedily, ours and others', in one run and each checked.
 
-A case is a length of context and a number of sequences. Of what is in the cache when decoding begins the last tokens, up
-to PROMPT, are a prompt that is read; before it lie random keys and values, the same for every program and for the float32
-model that results are checked against: reading 16,384 tokens would take minutes on a CPU, and tell nothing more of
-decoding.
+A case is a length of context and a number of sequences. Of what is in the cache when decoding begins the last tokens,
+up to PROMPT, are a prompt that is read; before it lie random keys and values, the same for every program and for the
+float32 model that results are checked against: reading 16,384 tokens would take minutes on a CPU, and tell nothing
+more of decoding.
 """
 
 from __future__ import annotations
@@ -279,9 +279,7 @@ class _Run:
         return too_little(cache, available_memory(self.report.device))
 
 
-def _prepare(
-    model: PackedModel, one: _Loaded, case: Case, checks: _Checks, meter: Meter
-) -> tuple[Timed, str | None]:
+def _prepare(model: PackedModel, one: _Loaded, case: Case, checks: _Checks, meter: Meter) -> tuple[Timed, str | None]:
     """Check a program's logits and fill its cache; return it ready, and why it is not to be timed, or None."""
     decoder = one.decoder
     generator = torch.Generator().manual_seed(2)
@@ -310,4 +308,3 @@ def _prepare(
         timed.filled_by = "tokens"
     timed.nbytes += max(0, meter.peak() - before)
     return timed, None
-

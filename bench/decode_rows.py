@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,9 +92,7 @@ class Timed:
         return Timing.of(steps).seconds
 
 
-def decode_row(
-    report: Report, model: PackedModel, peer: DecodePeer, one: Timed, case: Case, tolerance: float
-) -> Row:
+def decode_row(report: Report, model: PackedModel, peer: DecodePeer, one: Timed, case: Case, tolerance: float) -> Row:
     """Return the row of a program in a case; times are of a token, of which a step gives one for each sequence."""
     step, prefill = Timing.of(one.steps), Timing.of(one.prefills)
     nbytes = peer.nbytes(model, one.dtype, case.average, case.batch)
@@ -241,22 +239,3 @@ def decode_lines(rows: Sequence[Row], ours: str) -> list[str]:
             parts = ", ".join(f"{row['time_in'][key]:.0%} in {name}" for name, key in shares.items())
             lines.append(f"a token of {row['kernel']} spends {parts}")
     return lines
-
-
-def summary_table(rows: Sequence[Row], names: Sequence[str], key: Callable[[Row], str]) -> str:
-    """Return a line for each context and batch, a column for each program.
-
-    Args:
-        names: the programs.
-        key: what a cell says of a row.
-    """
-    lines = [("context", "batch", *names)]
-    for context, batch in dict.fromkeys((row.get("context", row["prompt_tokens"]), row.get("batch", 1)) for row in rows):
-        here = {
-            row["kernel"]: row
-            for row in rows
-            if (row.get("context", row["prompt_tokens"]), row.get("batch", 1)) == (context, batch)
-        }
-        cells = (key(here[name]) if name in here and here[name]["verdict"] != "wrong" else "–" for name in names)
-        lines.append((str(context), str(batch), *cells))
-    return table(lines)

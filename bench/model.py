@@ -26,7 +26,6 @@ class NoRoomError(RopewalkError):
     """A model for which the disk has no room."""
 
 
-
 @dataclass(frozen=True)
 class PackedModel:
     """A packed model on disk.

@@ -27,6 +27,7 @@ _SHARP = 2.0  # how strongly a router reads the channels that choose
 
 
 def write_random(shape: Shape, packing: Packing, folder: Path, device: torch.device, rounded: bool) -> None:
+    """Write the folder of a model; see `model.packed_model`."""
     write_weights(_tensors(shape, packing, device, rounded), folder)
     settings = {
         "bits": packing.bits,
@@ -88,8 +89,9 @@ def _tensors(shape: Shape, packing: Packing, device: torch.device, rounded: bool
                 orders = {group: torch.randperm(k, device=device, generator=generator)}  # they come one after the other
             order = orders[group]
         if rounded:
-            settings = {"bits": packing.bits, "group_size": packing.group_size, "sym": packing.sym}
-            packed = quantize_rtn(normal(n, k), **settings, order=order)
+            packed = quantize_rtn(
+                normal(n, k), bits=packing.bits, group_size=packing.group_size, sym=packing.sym, order=order
+            )
         else:
             packed = _random_codes(k, n, packing, order, device, seed)
         if channels and layer.endswith(_WRITERS):

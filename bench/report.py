@@ -190,10 +190,16 @@ def duration(seconds: float) -> str:
     return f"{seconds * factor:.3g} {unit}"
 
 
+def machine_name(found: dict[str, Any]) -> str:
+    """Return the name of what was measured: the GPU, or the processor and how many threads."""
+    gpu = found.get("gpu")
+    return str(gpu["name"]) if gpu else f"{found['cpu']}, {found['threads']} threads"
+
+
 def machine_line(found: dict[str, Any], limits: Limits) -> str:
     """Return the machine and its limits in one line."""
     gpu = found.get("gpu")
-    name = f"{gpu['name']} (driver {gpu['driver']})" if gpu else f"{found['cpu']}, {found['threads']} threads"
+    name = machine_name(found) + (f" (driver {gpu['driver']})" if gpu else "")
     flops = ", ".join(f"{_short(dtype)} {value / 1e9:,.0f}" for dtype, value in limits.flops_by_dtype.items())
     return (
         f"{name}, torch {found['torch']}: reads {limits.read_gb_per_s:.1f} GB/s, "
@@ -213,7 +219,9 @@ def case_name(row: Row, m: bool = True) -> str:
     if not m:
         return name
     counts = {"M": "M={}", "context": "context {}", "batch": "{} sequences"}
-    parts = [text.format(row[key]) for key, text in counts.items() if key in row and not (key == "batch" and row[key] == 1)]
+    parts = [
+        text.format(row[key]) for key, text in counts.items() if key in row and not (key == "batch" and row[key] == 1)
+    ]
     return ", ".join([name, *parts])
 
 

@@ -122,9 +122,7 @@ class Shape(ABC):
     def parameters(self) -> int:
         """Return how many numbers the model has."""
         linears = sum(k * n for _, k, n in self.linears())
-        return (
-            linears + self.hidden * (self.vocab * len(self.embeddings) + len(self.norms())) + self.router_count()
-        )
+        return linears + self.hidden * (self.vocab * len(self.embeddings) + len(self.norms())) + self.router_count()
 
     def kv_bytes(self, context: float, itemsize: int = 2) -> float:
         """Return the bytes of the keys and values of `context` tokens."""
@@ -133,7 +131,9 @@ class Shape(ABC):
     def packed_bytes(self, packing: Packing) -> int:
         """Return the size of a checkpoint, within what its header and zero points take."""
         linears = sum(packing.nbytes(k, n) for _, k, n in self.linears())
-        return linears + 2 * (self.hidden * (self.vocab * len(self.embeddings) + len(self.norms())) + self.router_count())
+        return linears + 2 * (
+            self.hidden * (self.vocab * len(self.embeddings) + len(self.norms())) + self.router_count()
+        )
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def parse_shape(name: str, packing: Packing) -> Shape:
 
 
 def _parse(name: str) -> Shape:
-    family, colon, text = name.partition(":") if ":" in name else ("llama", "", name)
+    family, text = name.split(":", 1) if ":" in name else ("llama", name)
     sizes = parse_sizes(text, FORMS.get(family, "").count("x") + 1)
     if family not in FORMS or sizes is None:
         forms = ", ".join(f"{family}:{form}" for family, form in FORMS.items())
@@ -327,12 +327,12 @@ def _parse(name: str) -> Shape:
     if family == "mpt":
         layers, hidden, heads = sizes
         return Mpt(layers, hidden, 4 * hidden, heads, heads)
-    if family == "mixtral":
-        *first, experts = sizes
-        if experts < 2:
-            raise UsageError(f"--shapes: expected at least 2 experts, found {name!r}")
-        return Mixtral(*first, experts=experts)
-    return Llama(*sizes, theta=1e6 if family == "codellama" else 10000.0)
+    layers, hidden, ffn, heads, kv_heads, *experts = sizes
+    if family != "mixtral":
+        return Llama(layers, hidden, ffn, heads, kv_heads, theta=1e6 if family == "codellama" else 10000.0)
+    if experts[0] < 2:
+        raise UsageError(f"--shapes: expected at least 2 experts, found {name!r}")
+    return Mixtral(layers, hidden, ffn, heads, kv_heads, experts=experts[0])
 
 
 def parse_sizes(text: str, count: int) -> tuple[int, ...] | None:

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ropewalk.bench import limits, load, load_process, model, report, summary
+from ropewalk.bench import limits, load, load_process, load_rows, model, report, summary
 from ropewalk.bench.load_worker import memory, tensor_spans
 from ropewalk.bench.peers.ours import OURS
+from ropewalk.bench.shapes import parse_packing
 from ropewalk.cli import main
 from ropewalk.errors import RopewalkError
 
 CPU = torch.device("cpu")
 LIMITS = limits.Limits(10.0, 10.0, 1e12, {"float32": 1e12})
-PACKING = model.parse_packing("4b-g32-act")
+PACKING = parse_packing("4b-g32-act")
 SHAPE = "2x256x512x4x2"
 ROW = {
     *(
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_skipped_with_its_reason(root, monkeypatch):
     assert "for cached files; 50 MB are left" in found.skipped[0]["why"]
     assert found.skipped[0]["why"].startswith("needs about ")
     assert [row["share_of_limit"] for row in found.results] == [None]
-    assert "read-reused" in load.load_table(found.results, OURS)
+    assert "read-reused" in load_rows.load_table(found.results, OURS)
 
 
 def test_no_turn_begins_after_the_deadline(root):
@@ -177,7 +178,7 @@ def test_no_turn_begins_after_the_deadline(root):
 
 @pytest.mark.parametrize("name", ["4b-g32-act", "3b-none", "8b-g64-act-asym"])
 def test_a_model_of_random_codes_is_whole_and_lively(root, name):
-    packing = model.parse_packing(name)
+    packing = parse_packing(name)
     made = model.packed_model(SHAPE, packing, root, CPU, rounded=False)
     before = (made.folder / "model.safetensors").stat().st_mtime_ns
     again = model.packed_model(SHAPE, packing, root, CPU, rounded=False)

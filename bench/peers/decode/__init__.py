@@ -11,8 +11,8 @@ from ropewalk.bench.peers.decode.llamacpp import LlamaCpp
 from ropewalk.bench.peers.decode.models import Dense, GPTQModel, Ropewalk
 from ropewalk.bench.peers.ours import OURS, modes
 
-# Rows of ours besides the default: what follows its name, and what `ropewalk.load` is given for it. They take part where
-# --peers names them.
+# Rows of ours besides the default: what follows its name, and what `ropewalk.load` is given for it. They take part
+# where --peers names them.
 VARIANTS: dict[str, dict[str, Any]] = {}
 
 

@@ -62,7 +62,7 @@ class DecodePeer(Program, ABC):
         mode: which of our kernels for the CPU it runs; None for what has no such choice.
         most_sequences: the largest batch.
         families: the kinds of models it runs, as config.json names them; none is any.
-        fills_at_once: whether its decoder can be given keys and values; elsewhere it reads tokens, which takes its time.
+        fills_at_once: whether its decoder can be given keys and values; elsewhere it reads tokens, which takes time.
     """
 
     mode: str | None = None

@@ -105,8 +105,7 @@ def _experts(
     mlp = f"model.layers.{layer}.mlp"
     if not unpack:
         experts = [
-            tuple(Unpacking(model.weight(f"{name}.{part}").to(device)) for part in ("w1", "w3", "w2"))
-            for name in names
+            tuple(Unpacking(model.weight(f"{name}.{part}").to(device)) for part in ("w1", "w3", "w2")) for name in names
         ]
         block = plain.get_submodule(mlp)
         block.experts = UnpackingExperts(experts, block.experts.act_fn)  # type: ignore[arg-type]
