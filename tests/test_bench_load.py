@@ -161,6 +161,10 @@ print(json.dumps({"event": "called", "peak_bytes": memory()["peak"] - before["pe
 
 def test_what_does_not_fit_is_skipped_with_its_reason(root, monkeypatch):
     monkeypatch.setattr(load, "available_memory", lambda device: load.SPARE + 50_000_000.0)
+    (note,) = loaded(root, load.load_peers()[:1]).skipped  # not even the model that is right in float32
+    assert note["kernel"] == "all"
+    assert "GB of memory" in note["why"]
+    monkeypatch.setattr(load, "_cannot_check", lambda name, packing, device: None)
     found = loaded(root, load.load_peers()[:1])
     assert [note["kernel"] for note in found.skipped] == [OURS, "read"]
     assert "for cached files; 50 MB are left" in found.skipped[0]["why"]
