@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from ropewalk.bench.report import Row, case_name, packing_name
+
+BLUES = ("#08519c", "#6baed6", "#3182bd", "#9ecae1", "#c6dbef")
+OTHERS = ("#e6550d", "#31a354", "#756bb1", "#de2d26", "#8c6d31", "#e377c2", "#636363", "#bcbd22", "#17a2a2", "#fdae6b")
 
 
 def plot_rows(rows: Sequence[Row], path: str, *, title: str, ours: str, most: int = 24) -> None:
@@ -29,30 +33,30 @@ def plot_rows(rows: Sequence[Row], path: str, *, title: str, ours: str, most: in
     size = (3.6 * columns + 1.6, 2.9 * lines + 0.6)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, dpi=110, layout="constrained", squeeze=False)
     names = names_of(rows, ours)
-    handles = {}
+    handles, limit = {}, f"what the machine allows {ours}"
     for axis, (name, panel) in zip(axes.flat, shown, strict=False):
         for kernel in names:
             points = [(row["M"], row["seconds"] * 1e3) for row in panel if row["kernel"] == kernel]
             if points:
                 width = 2.4 if kernel == ours else 1.2
                 (handles[kernel],) = axis.plot(
-                    *zip(*points, strict=True), "o-", color=colour_of(kernel, names), lw=width, ms=3
+                    *zip(*points, strict=True), "o-", color=colour_of(kernel, names, ours), lw=width, ms=3
                 )
         best = [(row["M"], row["seconds"] * row["share_of_limit"] * 1e3) for row in panel if row["kernel"] == ours]
         if best:
-            (handles["limit"],) = axis.plot(*zip(*best, strict=True), ":", color="0.5")
+            (handles[limit],) = axis.plot(*zip(*best, strict=True), ":", color="0.5")
         ms = sorted({row["M"] for row in panel})
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(ms, [str(m) for m in ms], rotation=0 if len(ms) < 7 else 60)
         axis.minorticks_off()
-        axis.set_title(name, fontsize=8, loc="left")
+        axis.set_title(textwrap.fill(name, 44), fontsize=8, loc="left")
         axis.set_xlabel("M, rows", fontsize=8)
         axis.set_ylabel("ms", fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
-    labels = sorted(handles, key=[*names, "limit"].index)
+    labels = sorted(handles, key=[*names, limit].index)
     figure.legend([handles[label] for label in labels], labels, loc="outside right upper", fontsize=8, frameon=False)
     more = len(panels) - len(shown)
     figure.suptitle(title + (f" ({more} more cases not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
@@ -98,7 +102,7 @@ def plot_shares(rows: Sequence[Row], path: str, *, title: str, ours: str) -> Non
         for row, label in zip(panel, labels, strict=True):
             i = here.index(row["kernel"])
             place = groups.index(label) - 0.42 + (i + 0.5) * width
-            bar = axis.bar(place, row["share_of_limit"], 0.92 * width, color=colour_of(row["kernel"], names))
+            bar = axis.bar(place, row["share_of_limit"], 0.92 * width, color=colour_of(row["kernel"], names, ours))
             handles[row["kernel"]] = bar
             text = f"{row['share_of_limit']:.0%}".removesuffix("%")
             axis.annotate(text, (place, row["share_of_limit"]), ha="center", va="bottom", fontsize=6.5)
@@ -131,6 +135,9 @@ def names_of(rows: Sequence[Row], ours: str) -> list[str]:
     return sorted(names, key=lambda name: (name != ours, not name.startswith(ours)))
 
 
-def colour_of(name: str, names: Sequence[str]) -> str:
-    """Return the colour of a kernel: ours, which come first, have the strong ones."""
-    return f"C{names.index(name) % 10}"
+def colour_of(name: str, names: Sequence[str], ours: str) -> str:
+    """Return the colour of a kernel: ours are blue, and no other is."""
+    own = [other for other in names if other.startswith(ours)]
+    if name in own:
+        return BLUES[own.index(name) % len(BLUES)]
+    return OTHERS[[other for other in names if other not in own].index(name) % len(OTHERS)]

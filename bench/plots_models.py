@@ -58,7 +58,7 @@ def plot_over(rows: Sequence[Row], path: str, key: str, *, title: str, ours: str
             own = sorted((row for row in panel if row["kernel"] == kernel), key=lambda row: row[key])
             if not own:
                 continue
-            style = {"color": colour_of(kernel, names), "lw": 2.6 if kernel == ours else 1.3, "ms": 4}
+            style = {"color": colour_of(kernel, names, ours), "lw": 2.6 if kernel == ours else 1.3, "ms": 4}
             x = [row[key] for row in own]
             (handles[f"{kernel}, {own[0]['dtype']}"],) = speed.plot(
                 x, [row["tokens_per_s"] for row in own], "o-", **style
@@ -79,7 +79,8 @@ def plot_over(rows: Sequence[Row], path: str, key: str, *, title: str, ours: str
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
         speed.set_title(name, fontsize=9, loc="left")
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8, frameon=False)
+    labels = sorted(handles, key=lambda label: label.startswith(("what", "its")))
+    figure.legend([handles[label] for label in labels], labels, loc="outside right upper", fontsize=8, frameon=False)
     more = len(panels) - len(shown)
     figure.suptitle(title + (f" ({more} more not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
     figure.savefig(path)
