@@ -14,7 +14,9 @@ SPARE = 2_000_000_000  # bytes of memory to leave alone
 def available_memory(device: torch.device) -> float | None:
     """Return how many bytes a device has left, or None where nothing says so."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps for later is free, too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -30,7 +30,7 @@ def plot_rows(rows: Sequence[Row], path: str, *, title: str, ours: str, most: in
     shown = list(panels.items())[:most]
     columns = min(4, len(shown)) or 1
     lines = math.ceil(len(shown) / columns) or 1
-    size = (3.6 * columns + 1.6, 2.9 * lines + 0.6)
+    size = (3.6 * columns + 2.6, 2.9 * lines + 0.6)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, dpi=110, layout="constrained", squeeze=False)
     names = names_of(rows, ours)
     handles, limit = {}, f"what the machine allows {ours}"
@@ -51,7 +51,7 @@ def plot_rows(rows: Sequence[Row], path: str, *, title: str, ours: str, most: in
         axis.set_xticks(ms, [str(m) for m in ms], rotation=0 if len(ms) < 7 else 60)
         axis.minorticks_off()
         axis.set_title(textwrap.fill(name, 44), fontsize=8, loc="left")
-        axis.set_xlabel("M, rows", fontsize=8)
+        axis.set_xlabel("M, tokens" if "experts" in panel[0] else "M, rows", fontsize=8)
         axis.set_ylabel("ms", fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in list(axes.flat)[len(shown) :]:

@@ -104,7 +104,7 @@ def product_row(
         "p20": timing.p20,
         "p80": timing.p80,
         "samples": timing.samples,
-        "copies": len(peer.runs),
+        "copies": len(set(map(id, peer.runs))),
         "bound": bound,
         "mode": peer.mode,
         "note": "; ".join(filter(None, (getattr(peer.runs[0], "note", ""), one.note))),

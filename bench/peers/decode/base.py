@@ -84,7 +84,7 @@ class DecodePeer(Program, ABC):
     def memory(self, model: PackedModel, dtype: torch.dtype) -> float:
         """Return about how many bytes it needs to load and run, without the cache."""
         embeddings = 2 * model.shape.vocab * model.shape.hidden * dtype.itemsize
-        return 1.5 * model.shape.packed_bytes(model.packing) + embeddings
+        return 2 * model.shape.packed_bytes(model.packing) + embeddings
 
     @abstractmethod
     def load(self, model: PackedModel, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -50,6 +50,10 @@ class Ropewalk(DecodePeer):
         if own is not None:
             self.dtypes = (own,)
 
+    def memory(self, model: PackedModel, dtype: torch.dtype) -> float:
+        """Return the size of the folder and of a layer; `bench load` measures that."""
+        return 1.1 * model.shape.packed_bytes(model.packing) + 2e8
+
     def load(self, model: PackedModel, dtype: torch.dtype, device: torch.device) -> TransformersDecoder:
         """Load the folder."""
         loaded, _ = loading.load(model.folder, dtype=dtype, device_map=device, **self.options)
