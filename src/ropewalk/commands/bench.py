@@ -175,7 +175,9 @@ def _say(what: str, out: Output, rows: Sequence[Row], skipped: Sequence[Row], ou
         if row["note"]:
             out.say(f"{row['kernel']}: {row['note']}")
     for note in skipped:
-        out.say(f"not timed: {note['kernel']}: {note['why']}")
+        # Where there is a table its title says of which model.
+        model = f"{note['model']}, " if "model" in note and not rows else ""
+        out.say(f"not timed: {model}{note['kernel']}: {note['why']}")
 
 
 def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
