@@ -140,6 +140,8 @@ def test_contexts_and_sequences(root, tmp_path, name):
     assert grows > 0 if name == "tiny-mixtral" else grows == pytest.approx(0)  # more sequences hit more experts
     plots_models.plot_decode(found.results, str(tmp_path / "plot.png"), title="", ours=OURS)
     assert (tmp_path / "plot.png").is_file()
+    lines = summary.contexts_summary(found.results).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["6", "1"], ["160", "1"], ["6", "3"], ["160", "3"]]
 
 
 @pytest.mark.parametrize("fault", ["keys", "sequences"])

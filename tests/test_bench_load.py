@@ -234,3 +234,26 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, arguments):
     assert status == 2
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny-mpt", "tiny-mixtral"])
+def test_other_families_load_packed_and_unpacked(root, name):
+    """Of random codes, whose norms have both signs: a router that did not follow them would choose by rounding."""
+    from transformers import AutoModelForCausalLM
+
+    import ropewalk
+
+    made = model.packed_model(name, PACKING, root, CPU, rounded=False)
+    ids = list(range(7))
+    expected = load._expected(made, ids, CPU)
+    assert float(expected.std()) > 0.1
+    ours, _ = ropewalk.load(made.folder, device_map="cpu", dtype="bfloat16")
+    unpacked = AutoModelForCausalLM.from_pretrained(load.float16_folder(made), dtype=torch.float32)
+    for found, tolerance in ((ours, 0.06), (unpacked, 0.003)):
+        with torch.inference_mode():
+            logits = found(torch.tensor([ids])).logits[0].float()
+        assert float((logits - expected).abs().max() / expected.abs().max()) < tolerance
+    if name == "tiny-mixtral":
+        gates = [found.model.layers[1].mlp.gate.weight for found in (ours, unpacked)]
+        assert torch.equal(gates[0].float(), gates[1])
+        assert gates[1].count_nonzero() == 4
