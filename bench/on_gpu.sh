@@ -131,12 +131,11 @@ rope_m="1 16 512 4096 16384"
 moe_shapes=mixtral-8x7b moe_m="1 2 4 16 64 512 2048"
 # The first one gets most of the time: compiling a step takes a minute, for each length of context.
 decode_models="llama-2-13b mixtral-8x7b codellama-34b mpt-30b"
-contexts="128 1024 4096 16384" batches="1 4 16" tokens=64 load_shape=llama-2-13b runs=3
+contexts="128 1024 4096 16384" batches="1 4 16" tokens=64 load_shape=llama-2-13b
 seconds=0.1
 if [ "$dry" ]; then
     models=128x64 all_m="1 3" some_m=1 all_bits=2 all_groups="32 -1" quick=128x64 quick_m=1 rope_shapes=4x2x16 rope_m="1 5" seconds=0.002
     moe_shapes=4x64x96 moe_m="1 5" decode_models=tiny-mixtral contexts="8 140" tokens=2
-    load_shape=tiny runs=1
 fi
 models_at=$(mktemp -d "${TMPDIR:-/tmp}/ropewalk-models.XXXXXX")
 # among NAME…: compare with these only; with nobody in a rehearsal
@@ -202,8 +201,12 @@ for stage in ${stages//,/ }; do
             done
             ;;
         load)
+            if [ "$dry" ]; then
+                echo "on_gpu.sh: load skipped: dry run (it starts a process for every loader)" | tee -a "$out/load.log"
+                continue
+            fi
             among transformers-fp16 safetensors
-            bench load load 240 load --shapes "$load_shape" --runs "$runs" --models "$models_at" "${peers[@]}"
+            bench load load 240 load --shapes "$load_shape" --runs 3 --models "$models_at" "${peers[@]}"
             rm -rf "$models_at"
             ;;
         matmul-quick)
