@@ -8,7 +8,7 @@
 #   make fuzz     50,000 checkpoints with faults, loaded or refused (Linux, 2 processes, 20 min.; COUNT=, SEED=, WORKERS=)
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute, and run our layers
 #   make test-autogptq   the part of that in which AutoGPTQ runs our layers
-#   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (25 min. and more)
+#   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (50 min. and more)
 #   make webui-browser WEBUI=/path/to/webui   drive an installed text-generation-webui in Chromium and by its API (5 min.);
 #                 WEBUI_PYTHON= is its Python, with ropewalk and peft in it; screenshots go to WEBUI_OUT=
 #   make dev      install for work on the code: links that type checkers and editors can follow
@@ -93,10 +93,16 @@ BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
 BENCH_OUT := bench/results/cpu
 bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
 	mkdir -p $(BENCH_OUT)
-	$(BENCH) matmul --device cpu --shape cpu --m 1 4 32 512 --pack 4b-g128 4b-g32 4b-g128-act 4b-g32-act 3b-g128 \
+	$(BENCH) matmul --device cpu --shapes cpu --m 1 4 32 512 --pack 4b-g128 4b-g32 4b-g128-act 4b-g32-act 3b-g128 \
 		--stop-after 900 --out $(BENCH_OUT)/matmul.json --plot $(BENCH_OUT)/matmul.png
-	$(BENCH) decode --device cpu --pack 4b-g128 4b-g32-act --models .cache/bench \
+	$(BENCH) moe --device cpu --m 1 4 32 512 --pack 4b-g128 4b-g32-act --stop-after 420 \
+		--out $(BENCH_OUT)/moe.json --plot $(BENCH_OUT)/moe.png --plot-share $(BENCH_OUT)/moe-share.png
+	$(BENCH) decode --device cpu --pack 4b-g128 4b-g32-act --models .cache/bench --stop-after 420 \
 		--out $(BENCH_OUT)/decode.json --plot $(BENCH_OUT)/decode.png
+	$(BENCH) decode --device cpu --pack 4b-g128 --context 128 1024 4096 16384 --tokens 32 --models .cache/bench \
+		--stop-after 600 --out $(BENCH_OUT)/decode-context.json --plot $(BENCH_OUT)/decode-context.png
+	$(BENCH) decode --device cpu --pack 4b-g128 --batch 1 4 16 --tokens 32 --models .cache/bench \
+		--stop-after 420 --out $(BENCH_OUT)/decode-batch.json --plot $(BENCH_OUT)/decode-batch.png
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.summary $(BENCH_OUT)
 
 # It works on a copy of webui's folder. Chromium is Debian's: apt install chromium.

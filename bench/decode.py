@@ -1,76 +1,84 @@
-"""`ropewalk bench decode`: whole models decoding greedily, ours and others', in one run and each checked."""
+"""`ropewalk bench decode`: whole models decoding greedily, ours and others', in one run and each checked.
+
+A case is a length of context and a number of sequences. Of what is in the cache when decoding begins the last tokens,
+up to PROMPT, are a prompt that is read; before it lie random keys and values, the same for every program and for the
+float32 model that results are checked against: reading 16,384 tokens would take minutes on a CPU, and tell nothing
+more of decoding.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ropewalk.bench.model import PackedModel, Packing, packed_model
-from ropewalk.bench.peers.decode.base import DecodePeer, Decoder, TransformersDecoder
-from ropewalk.bench.peers.decode.models import Dense, plain_model
-from ropewalk.bench.peers.ours import OURS
-from ropewalk.bench.report import Report, Row, add_ratios, largest_error, quiet, verdict
-from ropewalk.bench.timing import Timing, measure
-from ropewalk.loader.quant_linear import QuantLinear
+from ropewalk.bench.decode_rows import CHECKED, MOST, Case, Timed, decode_row
+from ropewalk.bench.memory import Meter, available_memory, too_little
+from ropewalk.bench.model import NoRoomError, PackedModel, packed_model
+from ropewalk.bench.peers.decode.base import DecodePeer, Decoder
+from ropewalk.bench.peers.decode.models import Dense
+from ropewalk.bench.peers.decode.plain import plain_model
+from ropewalk.bench.peers.decode.with_transformers import TransformersDecoder
+from ropewalk.bench.report import Report, Row, add_ratios, largest_error, quiet
+from ropewalk.bench.shapes import Packing, Shape, parse_shape
+from ropewalk.bench.timing import measure
 
-CHECKED = 8  # tokens after the prompt whose logits are compared, besides those of its last one
-SPARE = 2_000_000_000  # bytes of memory to leave alone
+PROMPT = 128  # tokens, at most, that are read before decoding
+FILL_SECONDS = 120  # that a program may take to read what others are given as keys and values
+ROUNDED = 3e9  # parameters above which a model is made of random codes: rounding would take many minutes
 
-# Largest error of logits over the largest logit. What rounds activations to 8 bits in each of 22 layers of random
-# weights is off by 0.05 (llama.cpp), and bfloat16 by 0.03; a model that computes something else by 0.4 and more.
-MOST = 0.1
 # What a dtype may cost where the run has no dense model in it to show that.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How much is decoded: a prompt, and the tokens after it."""
+    """How much is decoded: tokens in the cache before, tokens to decode, and sequences; every combination is a case."""
 
-    prompt: int
+    contexts: tuple[int, ...]
     tokens: int
+    batches: tuple[int, ...] = (1,)
 
-    @property
-    def context(self) -> float:
-        """Tokens that are there already when one is decoded, on average."""
-        return self.prompt + (self.tokens - 1) / 2
+    def cases(self) -> list[Case]:
+        """Return the cases, those of a batch size one after the other."""
+        return [
+            Case(context, min(context, PROMPT), batch, self.tokens)
+            for batch in self.batches
+            for context in self.contexts
+        ]
 
 
 @dataclass
-class _Running:
-    """A loaded decoder and what was measured of it."""
+class _Loaded:
+    """A program with its model."""
 
+    peer: DecodePeer
     decoder: Decoder
     dtype: torch.dtype
-    mode: str | None
-    nbytes: float
-    prompt: Tensor
-    tokens: int
-    error: float = 0.0
-    agreeing: int = 0
-    steps: list[float] = field(default_factory=list)
-    prefills: list[float] = field(default_factory=list)
+    nbytes: int
 
-    def decode(self) -> float:
-        """Read the prompt and decode greedily; return the seconds of a token, by the median."""
-        begin = time.perf_counter()
-        token = int(self.decoder.prefill(self.prompt).argmax())  # reading the number waits for a GPU
-        self.prefills.append(time.perf_counter() - begin)
-        steps = []
-        for _ in range(self.tokens):
-            begin = time.perf_counter()
-            token = int(self.decoder.step(token).argmax())
-            steps.append(time.perf_counter() - begin)
-        self.steps += steps
-        return Timing.of(steps).seconds
+
+@dataclass
+class _Checks:
+    """What right logits are.
+
+    Attributes:
+        ids: int64 [P, PROMPT + CHECKED], prompts and the tokens after them.
+        logits: by length of context, [P, CHECKED + 1, vocabulary].
+    """
+
+    ids: Tensor
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def given(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Return ids [B, prompt + CHECKED] and logits of a case: the prompts take turns among its sequences."""
+        rows = torch.arange(case.batch) % len(self.ids)
+        return self.ids[rows, : case.prompt + CHECKED], self.logits[case.context][rows]
 
 
 @torch.inference_mode()
@@ -87,17 +95,17 @@ def bench_decode(
     deadline: float | None = None,
     on_case: Callable[[list[Row], list[Row]], None] | None = None,
 ) -> None:
-    """Time peers on every model, into `report`.
+    """Time peers on every model and case, into `report`.
 
     All of them are loaded at once and take turns, each of which is a prompt and all tokens after it.
 
     Args:
-        names: shapes, as `model.parse_shape` takes them.
+        names: shapes, as `shapes.parse_shape` takes them.
         root: where models are kept.
         dtype: of activations, for the peers that have it.
-        seconds: how long each peer decodes, at least; three turns whatever it is.
-        deadline: a `time.monotonic()` after which no further model begins.
-        on_case: called with the rows of each model and what was skipped in it.
+        seconds: how long each peer decodes in a case, at least; three turns whatever it is.
+        deadline: a `time.monotonic()` after which no further case begins.
+        on_case: called with the rows of each case and what was skipped in it.
 
     Raises:
         DeviceLostError: a peer broke the GPU's context; the report has what came before.
@@ -105,183 +113,199 @@ def bench_decode(
     """
     for packing in packings:
         for name in names:
-            before, rows = len(report.skipped), []
-            keys = {"model": name, **packing._asdict()}
-            if deadline is not None and time.monotonic() > deadline:
-                report.skip("all", "out of time", **keys)
-            else:
-                model = packed_model(name, packing, root, report.device)
-                rows = _model(report, model, lengths, dtype, peers, seconds)
-            report.results += rows
-            if on_case is not None:
-                on_case(rows, report.skipped[before:])
+            run = _Run(report, lengths, dtype, peers, seconds, deadline, on_case or (lambda rows, skipped: None))
+            run.model(name, packing, root)
             gc.collect()  # models refer to themselves
 
 
-def _model(
-    report: Report,
-    model: PackedModel,
-    lengths: Lengths,
-    dtype: torch.dtype,
-    peers: Sequence[DecodePeer],
-    seconds: float,
-) -> list[Row]:
-    """Time one model; all that was loaded is gone when this returns."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.shape.vocab, (lengths.prompt + CHECKED,), generator=generator)
-    reference = plain_model(model, torch.float32, report.device, unpack=False)
-    expected = reference(input_ids=ids[None].to(report.device), use_cache=False).logits[0, lengths.prompt - 1 :].cpu()
-    del reference
-    keys = {"model": model.name, **model.packing._asdict()}
-    running: dict[str, _Running] = {}
-    dense: dict[torch.dtype, float] = {}
-    try:
-        for peer in peers:
-            one = _load(report, peer, model, ids, expected, lengths, dtype, keys)
-            if one is not None:
-                running[peer.name] = one
-                if isinstance(peer, Dense):
-                    dense[one.dtype] = one.error
-        _, failed = measure({name: one.decode for name, one in running.items()}, seconds)
-        for name, why in failed.items():
-            report.fail(name, why, **keys)
-        tolerances = {one.dtype: TOLERANCE[one.dtype] for one in running.values()}
-        tolerances |= {own: 2 * error + TOLERANCE[torch.float32] for own, error in dense.items()}
-        rows = [
-            _row(report, model, name, one, lengths, tolerances[one.dtype])
-            for name, one in running.items()
-            if name not in failed
-        ]
-        add_ratios(rows, "seconds_per_token")
-        return rows
-    finally:
-        for one in running.values():
-            one.decoder.close()
+@dataclass
+class _Run:
+    """The options of a run, for one model after the other."""
+
+    report: Report
+    lengths: Lengths
+    dtype: torch.dtype
+    peers: Sequence[DecodePeer]
+    seconds: float
+    deadline: float | None
+    on_case: Callable[[list[Row], list[Row]], None]
+
+    def model(self, name: str, packing: Packing, root: Path) -> None:
+        """Time one model; all that was loaded is gone when this returns."""
+        report, before = self.report, len(self.report.skipped)
+        keys = {"model": name, **packing._asdict()}
+        shape = parse_shape(name, packing)
+        reason = "out of time" if self._late() else too_little(*self._needed(shape, packing))
+        loaded: dict[str, _Loaded] = {}
+        try:
+            if reason is None:
+                rounded = shape.parameters() < ROUNDED
+                model = packed_model(name, packing, root, report.device, rounded=rounded)
+                checks = self._checks(model, keys)
+                loaded = self._load_all(model, keys)
+        except NoRoomError as error:
+            reason = str(error)
+        if reason is not None:
+            report.skip("all", reason, **keys)
+        if len(report.skipped) > before:
+            self.on_case([], report.skipped[before:])
+        try:
+            for case in self.lengths.cases() if loaded else ():
+                before = len(report.skipped)
+                rows = self._case(model, loaded, case, checks)
+                report.results += rows
+                self.on_case(rows, report.skipped[before:])
+        finally:
+            for one in loaded.values():
+                one.decoder.close()
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _needed(self, shape: Shape, packing: Packing, context: int = 0) -> tuple[float, float | None]:
+        """Return what the model that results are checked against needs, in float32, and what there is."""
+        widest = max(k * n for _, k, n in shape.linears())
+        unpacked = 4 * (2 * shape.vocab * shape.hidden + 3 * widest)
+        cache = self._prompts() * shape.kv_bytes(context, 4)
+        return shape.packed_bytes(packing) + unpacked + cache, available_memory(self.report.device)
+
+    def _prompts(self) -> int:
+        return min(2, max(self.lengths.batches))
+
+    def _checks(self, model: PackedModel, keys: Row) -> _Checks:
+        """Compute the logits that are right, where there is memory to do so."""
+        report, shape = self.report, model.shape
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, shape.vocab, (self._prompts(), PROMPT + CHECKED), generator=generator)
+        found = _Checks(ids)
+        reference = TransformersDecoder(plain_model(model, torch.float32, report.device, unpack=False))
+        wanted = {case.context: case for case in self.lengths.cases()}
+        if any(case.filled for case in wanted.values()) and not all(peer.fills_at_once for peer in self.peers):
+            wanted[PROMPT] = Case(PROMPT, PROMPT, 1, self.lengths.tokens)  # where those that read it all are checked
+        for context, case in wanted.items():
+            reason = None
+            if shape.longest is not None and case.capacity > shape.longest:
+                reason = f"has positions for {shape.longest} tokens"
+            elif context > PROMPT:
+                # The model itself is there already.
+                _, free = self._needed(shape, model.packing)
+                reason = too_little(self._prompts() * shape.kv_bytes(context, 4), free)
+            if reason is not None:
+                report.skip("all", reason, **keys, context=context)
+                continue
+            reference.start(len(ids), case.capacity)
+            if case.filled:
+                reference.fill(case.filled)
+            found.logits[context] = reference.logits(ids[:, : case.prompt + CHECKED], CHECKED + 1).cpu()
+        reference.close()
+        gc.collect()
+        return found
+
+    def _load_all(self, model: PackedModel, keys: Row) -> dict[str, _Loaded]:
+        """Load what fits; the reasons of the others go into the report."""
+        found = {}
+        for peer in self.peers:
+            own = peer.dtype(self.dtype)
+            reason = peer.cannot_run(model)
+            reason = reason or too_little(peer.memory(model, own), available_memory(self.report.device))
+            if reason is not None:
+                self.report.skip(peer.name, reason, **keys)
+                continue
+            gc.collect()
+            meter = Meter(self.report.device)
+            before = meter.held()
+            try:
+                with quiet():
+                    decoder = peer.load(model, own, self.report.device)
+                    # What is made at the first call belongs to the model.
+                    decoder.start(1, 16)
+                    decoder.prefill(torch.arange(4)[None])
+                    decoder.stop()
+            except Exception as error:
+                self.report.fail(peer.name, error, **keys)
+                continue
+            gc.collect()
+            found[peer.name] = _Loaded(peer, decoder, own, max(0, meter.held() - before))
+        return found
+
+    def _case(self, model: PackedModel, loaded: dict[str, _Loaded], case: Case, checks: _Checks) -> list[Row]:
+        """Time one case; its caches are gone when this returns."""
+        report = self.report
+        keys = {"model": model.name, **model.packing._asdict(), "context": case.context, "batch": case.batch}
+        if case.context not in checks.logits:
+            return []  # said already
+        if self._late():
+            report.skip("all", "out of time", **keys)
+            return []
+        timed: dict[str, Timed] = {}
+        dense: dict[torch.dtype, float] = {}
+        try:
+            for name, one in loaded.items():
+                reason = self._refuses(model, one, case)
+                if reason is None:
+                    try:
+                        with quiet():
+                            timed[name], reason = _prepare(model, one, case, checks, Meter(report.device))
+                    except Exception as error:
+                        report.fail(name, error, **keys)
+                        continue
+                if reason is not None:
+                    timed.pop(name, None)
+                    report.skip(name, reason, **keys)
+                elif isinstance(one.peer, Dense):
+                    dense[one.dtype] = min(timed[name].error, dense.get(one.dtype, MOST))
+            _, failed = measure({name: one.decode for name, one in timed.items()}, self.seconds)
+            for name, why in failed.items():
+                report.fail(name, why, **keys)
+            tolerances = dict(TOLERANCE)
+            # A dense model may be the one that is wrong.
+            tolerances |= {own: min(2 * error + TOLERANCE[torch.float32], MOST) for own, error in dense.items()}
+            rows = [
+                decode_row(report, model, loaded[name].peer, one, case, tolerances[one.dtype])
+                for name, one in timed.items()
+                if name not in failed
+            ]
+            add_ratios(rows, "seconds_per_token")
+            return rows
+        finally:
+            for one in loaded.values():
+                one.decoder.stop()
+
+    def _refuses(self, model: PackedModel, one: _Loaded, case: Case) -> str | None:
+        """Return why a program does not take part in a case, or None."""
+        most = one.peer.most_sequences
+        if most is not None and case.batch > most:
+            return f"is driven with {most} sequence here"
+        cache = case.batch * model.shape.kv_bytes(case.capacity, one.dtype.itemsize)
+        return too_little(cache, available_memory(self.report.device))
 
 
-def _load(
-    report: Report,
-    peer: DecodePeer,
-    model: PackedModel,
-    ids: Tensor,
-    expected: Tensor,
-    lengths: Lengths,
-    dtype: torch.dtype,
-    keys: Row,
-) -> _Running | None:
-    """Load a peer and compare its logits; return None, with the reason in the report, where that does not go."""
-    own = peer.dtype(dtype)
-    needed, free = peer.memory(model, own), available_memory(report.device)
-    reason = peer.cannot_hold(model.packing)
-    if reason is None and free is not None and needed + SPARE > free:
-        reason = f"needs about {needed / 1e9:.1f} GB of memory, of which {max(free - SPARE, 0) / 1e9:.1f} are left"
-    if reason is not None:
-        report.skip(peer.name, reason, **keys)
-        return None
-    capacity = lengths.prompt + max(lengths.tokens, CHECKED)
-    try:
-        with quiet():
-            decoder = peer.load(model, own, report.device, capacity)
-            prompt = ids[: lengths.prompt]
-            # Copies: the next call may overwrite what this one returned.
-            found = [decoder.prefill(prompt).float().cpu().clone()]
-            found += [decoder.step(int(token)).float().cpu().clone() for token in ids[lengths.prompt :]]
-    except Exception as error:
-        report.fail(peer.name, error, **keys)
-        return None
-    logits = torch.stack(found)
-    one = _Running(decoder, own, peer.mode, peer.nbytes(model, own, lengths.context), prompt, lengths.tokens)
-    one.error = largest_error(logits, expected) / float(expected.abs().max())
-    one.agreeing = int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    return one
-
-
-def _row(report: Report, model: PackedModel, name: str, one: _Running, lengths: Lengths, tolerance: float) -> Row:
-    timing, prefill = Timing.of(one.steps), Timing.of(one.prefills)
-    least = one.nbytes / (report.limits.read_gb_per_s * 1e9)
-    row: Row = {
-        "kernel": name,
-        "device": str(report.device),
-        "model": model.name,
-        **model.packing._asdict(),
-        "dtype": str(one.dtype).removeprefix("torch."),
-        "prompt_tokens": lengths.prompt,
-        "tokens": lengths.tokens,
-        "seconds_per_token": timing.seconds,
-        "tokens_per_s": 1 / timing.seconds,
-        "prefill_tokens_per_s": lengths.prompt / prefill.seconds,
-        "gb_per_s": one.nbytes / timing.seconds / 1e9,
-        "share_of_limit": least / timing.seconds,
-        "limit_tokens_per_s": 1 / least,
-        "token_bytes": one.nbytes,
-        "max_error": one.error,
-        "ratio_to": {},
-        "verdict": verdict(one.error, tolerance, 1.0, MOST),
-        "tolerance": tolerance,
-        "same_choice": one.agreeing / (CHECKED + 1),
-        "p20": timing.p20,
-        "p80": timing.p80,
-        "samples": timing.samples,
-        "mode": one.mode,
-        "note": one.decoder.note,
-    }
-    if name.startswith(OURS) and isinstance(one.decoder, TransformersDecoder):
-        row["time_in"] = time_in(one.decoder, one.prompt, min(lengths.tokens, 16))
-    return row
-
-
-def time_in(decoder: TransformersDecoder, prompt: Tensor, tokens: int) -> dict[str, float]:
-    """Return which share of a token's time is spent in packed layers, in the output embedding, and elsewhere.
-
-    What it takes to look at the clock counts as elsewhere; that is about 2 µs for each layer.
-    """
-    spent = {"packed": 0.0, "lm_head": 0.0}
-    device = decoder.model.device
-    head = decoder.model.get_output_embeddings()
-    begun = [0.0]
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def before(module: Any, inputs: Any) -> None:
-        begun[0] = now()
-
-    def after(module: Any, inputs: Any, output: Any) -> None:
-        spent["lm_head" if module is head else "packed"] += now() - begun[0]
-
-    with _hooks(decoder.model, lambda module: module is head or isinstance(module, QuantLinear), before, after):
-        token = int(decoder.prefill(prompt).argmax())
-        spent.update(packed=0.0, lm_head=0.0)
-        begin = now()
-        for _ in range(tokens):
-            token = int(decoder.step(token).argmax())
-        total = now() - begin
-    shares = {name: seconds / total for name, seconds in spent.items()}
-    return {**shares, "elsewhere": 1 - sum(shares.values())}
-
-
-@contextmanager
-def _hooks(model: Any, wanted: Callable[[Any], bool], before: Any, after: Any) -> Iterator[None]:
-    handles = []
-    for module in model.modules():
-        if wanted(module):
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def available_memory(device: torch.device) -> float | None:
-    """Return how many bytes a device has left, or None where nothing says so."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return None
+def _prepare(model: PackedModel, one: _Loaded, case: Case, checks: _Checks, meter: Meter) -> tuple[Timed, str | None]:
+    """Check a program's logits and fill its cache; return it ready, and why it is not to be timed, or None."""
+    decoder = one.decoder
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(0, model.shape.vocab, (case.batch, case.prompt), generator=generator)
+    timed = Timed(decoder, one.dtype, one.nbytes, prompt, case)
+    before = meter.held()
+    decoder.start(case.batch, case.capacity)
+    at = case if one.peer.fills_at_once else Case(case.prompt, case.prompt, case.batch, case.tokens)
+    if at.filled:
+        decoder.fill(at.filled)
+    ids, expected = checks.given(at)
+    begin = time.perf_counter()
+    # Copies: the next call may overwrite what this one returned.
+    found = [decoder.prefill(ids[:, : at.prompt]).float().cpu().clone()]
+    seconds = time.perf_counter() - begin
+    found += [decoder.step(tokens).float().cpu().clone() for tokens in ids[:, at.prompt :].unbind(1)]
+    logits = torch.stack(found, 1)
+    timed.error = largest_error(logits, expected) / float(expected.abs().max())
+    timed.agreeing = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    if at.filled < case.filled:
+        takes = seconds / at.prompt * case.filled
+        if takes > FILL_SECONDS:
+            return timed, f"would take about {takes:.0f} s to read {case.filled} tokens"
+        decoder.rewind(0)
+        decoder.fill(case.filled)
+        timed.filled_by = "tokens"
+    timed.nbytes += max(0, meter.peak() - before)
+    return timed, None

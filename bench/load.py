@@ -18,29 +18,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ropewalk import cpu
-from ropewalk.bench.decode import MOST, SPARE, TOLERANCE, available_memory
-from ropewalk.bench.load_process import SAMPLE, LoadError, run_worker
+from ropewalk.bench.decode import TOLERANCE
+from ropewalk.bench.decode_rows import MOST
+from ropewalk.bench.load_process import LoadError, run_worker
+from ropewalk.bench.load_rows import MOST_BESIDES, MOST_MEMORY, MOST_TIME, READ, READ_REUSED
 from ropewalk.bench.load_worker import tensor_spans
-from ropewalk.bench.model import RECIPE, PackedModel, Packing, make_once, packed_model, write_tokenizer
+from ropewalk.bench.memory import SPARE, available_memory, too_little
+from ropewalk.bench.model import RECIPE, NoRoomError, PackedModel, make_once, packed_model
 from ropewalk.bench.peers.base import Program
-from ropewalk.bench.peers.decode.models import plain_model
+from ropewalk.bench.peers.decode.plain import plain_model
 from ropewalk.bench.peers.ours import OURS
-from ropewalk.bench.report import Report, Row, add_ratios, case_name, duration, largest_error, verdict
+from ropewalk.bench.random_model import write_tokenizer
+from ropewalk.bench.report import Report, Row, add_ratios, largest_error, verdict
+from ropewalk.bench.shapes import Packing, parse_shape
 from ropewalk.bench.timing import Timing
 from ropewalk.loader.write import write_json, write_weights
-from ropewalk.terminal import size, table
+from ropewalk.terminal import size
 
 SHAPE = "20x4096x11008x32x32"  # 2.9 GB as 4b-g32-act
 PACKING = "4b-g32-act"
 PROMPT = 4  # tokens whose logits are compared
 FROM_DISK = 20_000_000  # bytes that may be of libraries, and not of the checkpoint
 FLOAT16_SHARD = 2_000_000_000  # bytes: the folder is made with one in memory
-
-# What ours is to meet: of the time that reading takes, of the checkpoint's size, and bytes besides.
-MOST_TIME = 1.5
-MOST_MEMORY, MOST_BESIDES = 1.10, 200_000_000
-
-READ, READ_REUSED = "read", "read-reused"
 
 
 class Loader(Program):
@@ -125,7 +124,7 @@ def bench_load(
     """Time loaders on every model, into `report`; they take turns, each time in a fresh process.
 
     Args:
-        names: shapes, as `model.parse_shape` takes them.
+        names: shapes, as `shapes.parse_shape` takes them.
         root: where models are kept.
         dtype: of activations, for the peers that have it.
         runs: how many times each loads each model.
@@ -141,11 +140,16 @@ def bench_load(
     for packing in packings:
         for name in names:
             before, rows = len(report.skipped), []
-            if deadline is not None and time.monotonic() > deadline:
-                report.skip("all", "out of time", model=name, **packing._asdict())
-            else:
-                model = packed_model(name, packing, root, report.device, rounded=False)
-                rows = _model(report, model, dtype, peers, runs, threads, deadline)
+            late = deadline is not None and time.monotonic() > deadline
+            reason = "out of time" if late else _cannot_check(name, packing, report.device)
+            try:
+                if reason is None:
+                    model = packed_model(name, packing, root, report.device, rounded=False)
+                    rows = _model(report, model, dtype, peers, runs, threads, deadline)
+            except NoRoomError as error:
+                reason = str(error)
+            if reason is not None:
+                report.skip("all", reason, model=name, **packing._asdict())
             report.results += rows
             if on_case is not None:
                 on_case(rows, report.skipped[before:])
@@ -193,6 +197,13 @@ def _model(
     return rows
 
 
+def _cannot_check(name: str, packing: Packing, device: torch.device) -> str | None:
+    """Return that there is no memory for the model whose logits are right, in float32, or None."""
+    shape = parse_shape(name, packing)
+    needed = shape.packed_bytes(packing) + 8 * shape.vocab * shape.hidden
+    return too_little(needed, available_memory(device))
+
+
 def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why there is no room to load a model, or to keep its files, or None."""
     needed, free = loader.room * loader.nbytes(model), available_memory(device)
@@ -210,7 +221,7 @@ def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: t
 
 def float16_bytes(model: PackedModel) -> int:
     """Return the size of a model with its weights unpacked to float16."""
-    return 2 * (model.dense_count() + model.shape.vocab * model.shape.hidden)
+    return 2 * model.shape.parameters()
 
 
 def _float16_path(model: PackedModel) -> Path:
@@ -221,7 +232,8 @@ def float16_folder(model: PackedModel) -> Path:
     """Return the folder with a model's weights unpacked to float16; make it where it is not there."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in ("model.embed_tokens.weight", "lm_head.weight", *model.shape.norms()):
+        shape = model.shape
+        for name in (*shape.embeddings, *shape.norms(), *shape.routers()):
             yield name, model.checkpoint.read(name)
         for layer, _, _ in model.shape.linears():
             yield f"{layer}.weight", model.weight(layer).dense().to(torch.float16).t().contiguous()
@@ -237,7 +249,7 @@ def float16_folder(model: PackedModel) -> Path:
 
 @torch.inference_mode()
 def _expected(model: PackedModel, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Return the logits of a prompt by transformers' own Llama, which unpacks a layer at a time in float32."""
+    """Return the logits of a prompt by transformers' own model, which unpacks a layer at a time in float32."""
     reference = plain_model(model, torch.float32, device, unpack=False)
     logits: Tensor = reference(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].cpu()
     del reference
@@ -368,75 +380,3 @@ def reading_limit(rows: Sequence[Row]) -> Row:
         key: max((row["gb_per_s"] for row in rows if row["kernel"] == name), default=None)
         for key, name in names.items()
     }
-
-
-def load_table(rows: Sequence[Row], ours: str) -> str:
-    """Return the rows of one model as a table, a line for each loader."""
-    lead: dict[str, float] = next((row["ratio_to"] for row in rows if row["kernel"] == ours), {})
-    heads = ("time", "p20", "p80", "with imports", "GB/s", "x reading", "peak", "x files", "first call")
-    lines = [("", "dtype", *heads, "max error", "", f"{ours} is")]
-    for row in rows:
-        ratio, times, first = lead.get(row["kernel"]), row["times_reading"], row["first_call_seconds"]
-        lines.append(
-            (
-                row["kernel"],
-                row["dtype"] or "",
-                *(duration(row[key]) for key in ("seconds", "p20", "p80", "total_seconds")),
-                f"{row['gb_per_s']:.2f}",
-                "" if times is None else f"{times:.2f}",
-                size(int(row["peak_bytes"])),
-                f"{row['peak_to_checkpoint']:.2f}",
-                "" if first is None else duration(first),
-                f"{row['max_error']:.1e}" if row["dtype"] else "",
-                {"wrong": "WRONG"}.get(row["verdict"], row["verdict"]) if row["dtype"] else "",
-                "" if ratio is None else f"{ratio:.2f}x as fast",
-            )
-        )
-    return table(lines)
-
-
-def load_lines(rows: Sequence[Row], ours: str) -> list[str]:
-    """Return what there is to say of a model besides the table: the limit, and the targets of ours."""
-    speeds = {row["kernel"]: row for row in rows}
-    lines = []
-    if READ in speeds and READ_REUSED in speeds:
-        kept, reused = speeds[READ], speeds[READ_REUSED]
-        lines.append(
-            f"reading {size(kept['checkpoint_bytes'])} from the page cache takes {duration(kept['seconds'])} into "
-            f"memory that is kept, {duration(reused['seconds'])} through a buffer that is used again"
-        )
-    if ours in speeds:
-        lines += _lines_of_ours(speeds[ours])
-    for row in rows:
-        if row["device_peak_bytes"] is not None:
-            lines.append(f"{row['kernel']} allocates {size(int(row['device_peak_bytes']))} on the device at the peak")
-    return lines
-
-
-def _lines_of_ours(row: Row) -> list[str]:
-    parts = []
-    if row["times_reading"] is not None:
-        parts.append(f"{row['times_reading']:.2f} times reading {_met(row, 'time', f'at most {MOST_TIME:g}')}")
-    most = f"at most {MOST_MEMORY:.2f} x {size(row['checkpoint_bytes'])} + {size(MOST_BESIDES)}"
-    parts.append(f"{size(int(row['peak_most']))} at the peak {_met(row, 'memory', most)}")
-    lines = [f"{row['kernel']} takes {' and '.join(parts)}"]
-    if row["peak_anonymous_bytes"] is not None:
-        own, file = size(int(row["peak_anonymous_bytes"])), size(int(row["peak_file_bytes"]))
-        lines.append(
-            f"its memory, looked at every {SAMPLE * 1e3:.0f} ms: {own} of its own and {file} of files and shared "
-            f"memory at most; {size(int(row['kept_bytes']))} when it is done"
-        )
-    return lines
-
-
-def _met(row: Row, what: str, target: str) -> str:
-    return f"(target: {target}: {'met' if row['meets'][what] else 'NOT met'})"
-
-
-def load_summary(rows: Sequence[Row], ours: str) -> Iterator[str]:
-    """Yield what a report's rows come to, model by model."""
-    for case in dict.fromkeys(case_name(row) for row in rows):
-        here = [row for row in rows if case_name(row) == case]
-        yield f"\n{case}\n"
-        yield load_table(here, ours)
-        yield from load_lines(here, ours)

@@ -27,13 +27,13 @@ from typing import Any
 Job = dict[str, Any]
 PIECE = 4 << 20  # bytes that a thread reads at a time
 
-# What loading and calling a Llama takes of transformers and accelerate, which import it late by themselves.
-LLAMA = (
+# What loading and calling a model takes of transformers and accelerate, which import it late by themselves, besides the
+# model's own modules.
+LATE = (
     "accelerate.big_modeling",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
 )
 
@@ -129,7 +129,7 @@ class _Device:
 
 def _ropewalk(job: Job) -> Callable[[], Any]:
     """`ropewalk.load`, as a user calls it: with its bar where stderr is a terminal, and with the tokenizer."""
-    _import("ropewalk.loader.quantizer", *LLAMA)
+    _import("ropewalk.loader.quantizer", *_late(job))
     from ropewalk import cpu
     from ropewalk.loader.load import load
 
@@ -143,7 +143,7 @@ def _transformers(job: Job) -> Callable[[], Any]:
     """`from_pretrained` of model and tokenizer."""
     import torch
 
-    _import(*LLAMA)
+    _import(*_late(job))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _set_threads(job)
@@ -160,7 +160,7 @@ def _gptqmodel(job: Job) -> Callable[[], Any]:
     """`GPTQModel.load`, which loads the tokenizer too and chooses kernels by itself."""
     import torch
 
-    _import(*LLAMA)
+    _import(*_late(job))
     from gptqmodel import GPTQModel
 
     _set_threads(job)
@@ -228,6 +228,12 @@ LOADERS: dict[str, Callable[[Job], Callable[[], Any]]] = {
     "read": _read,
     "read-reused": _read_reused,
 }
+
+
+def _late(job: Job) -> tuple[str, ...]:
+    """Return what is to be imported before the time begins."""
+    family = json.loads(Path(job["folder"], "config.json").read_text())["model_type"]
+    return (*LATE, f"transformers.models.{family}.modeling_{family}")
 
 
 def _import(*names: str) -> None:

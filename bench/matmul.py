@@ -13,8 +13,9 @@ from torch.nn.functional import linear
 
 from ropewalk.bench.peers.base import Peer
 from ropewalk.bench.peers.weight import Weight, random_weight
-from ropewalk.bench.report import Report, Row, add_ratios, largest_error, quiet, verdict
-from ropewalk.bench.timing import Rotation, copies, measure
+from ropewalk.bench.products import Ready, product_row, time_calls
+from ropewalk.bench.report import Report, Row, add_ratios, largest_error, quiet
+from ropewalk.bench.timing import copies
 
 # K x N of the layers of a model, those of attention first; the last is gate and up in one.
 PRESETS = {
@@ -22,7 +23,7 @@ PRESETS = {
     "llama-2-13b": ["5120x5120", "5120x13824", "13824x5120", "5120x27648"],
     "codellama-34b": ["8192x1024", "8192x8192", "8192x22016", "22016x8192", "8192x44032"],
     "mpt-30b": ["7168x7168", "7168x21504", "7168x28672", "28672x7168"],
-    "mixtral": ["4096x1024", "4096x4096", "4096x14336", "14336x4096", "4096x28672"],
+    "mixtral-8x7b": ["4096x1024", "4096x4096", "4096x14336", "14336x4096", "4096x28672"],
 }
 
 
@@ -41,16 +42,6 @@ class Setting:
         """Return it as rows have it."""
         kept = ("bits", "group_size", "desc_act", "sym")
         return {**{name: getattr(self, name) for name in kept}, "K": self.in_features, "N": self.out_features}
-
-
-@dataclass
-class _Ready:
-    """A peer with its copies of the weight."""
-
-    dtype: torch.dtype
-    nbytes: int
-    mode: str | None
-    runs: list[Callable[[Tensor], Tensor]]
 
 
 @torch.inference_mode()
@@ -126,8 +117,8 @@ def _setting(
 
 def _prepare(
     report: Report, weight: Weight, setting: Setting, dtype: torch.dtype, peers: Sequence[Peer], rotate: int | None
-) -> dict[str, _Ready]:
-    ready: dict[str, _Ready] = {}
+) -> dict[str, Ready]:
+    ready: dict[str, Ready] = {}
     for peer in peers:
         reason = peer.refuses(weight)
         if reason is not None:
@@ -142,7 +133,7 @@ def _prepare(
         except Exception as error:
             report.fail(peer.name, error, **setting.keys())
             continue
-        ready[peer.name] = _Ready(own, nbytes, peer.mode, runs)
+        ready[peer.name] = Ready(own, nbytes, peer.mode, runs)
     return ready
 
 
@@ -151,7 +142,7 @@ def _case(
     setting: Setting,
     m: int,
     dense: dict[torch.dtype, Tensor],
-    ready: dict[str, _Ready],
+    ready: dict[str, Ready],
     seconds: float,
 ) -> list[Row]:
     """Time the peers that are ready on one M; `dense` is the weight [N, K] in float32 and their dtypes."""
@@ -162,46 +153,13 @@ def _case(
     expected = linear(x, dense[torch.float32])
     largest = float(expected.abs().max())
     tolerances = {own: 2 * largest_error(linear(x.to(own), w), expected) + 1e-5 * largest for own, w in dense.items()}
-    rotations, errors = {}, {}
-    for name, peer in ready.items():
-        given = x.to(peer.dtype)
-        try:
-            with quiet():
-                rotations[name] = Rotation([partial(run, given) for run in peer.runs], device)
-            errors[name] = largest_error(rotations[name].result(), expected)
-        except Exception as error:
-            rotations.pop(name, None)
-            report.fail(name, error, **keys)
-    timings, failed = measure({name: rotation.sample for name, rotation in rotations.items()}, seconds)
-    for name, why in failed.items():
-        report.fail(name, why, **keys)
+    given = {own: x.to(own) for own in dense}
+    calls = {name: [partial(run, given[peer.dtype]) for run in peer.runs] for name, peer in ready.items()}
     rows = []
-    for name, timing in timings.items():
-        peer = ready[name]
+    for one in time_calls(report, calls, expected, seconds, keys):
+        peer = ready[one.name]
         nbytes = peer.nbytes + m * (setting.in_features + setting.out_features) * peer.dtype.itemsize
-        least, bound = report.limits.least_seconds(nbytes, 2 * m * setting.in_features * setting.out_features)
-        rows.append(
-            {
-                "kernel": name,
-                "device": str(device),
-                **setting.keys(),
-                "dtype": str(peer.dtype).removeprefix("torch."),
-                "M": m,
-                "seconds": timing.seconds,
-                "gb_per_s": nbytes / timing.seconds / 1e9,
-                "share_of_limit": least / timing.seconds,
-                "max_error": errors[name],
-                "ratio_to": {},
-                "verdict": verdict(errors[name], tolerances[peer.dtype], largest),
-                "tolerance": tolerances[peer.dtype],
-                "p20": timing.p20,
-                "p80": timing.p80,
-                "samples": timing.samples,
-                "copies": len(peer.runs),
-                "bound": bound,
-                "mode": peer.mode,
-                "note": "; ".join(filter(None, (getattr(peer.runs[0], "note", ""), rotations[name].note))),
-            }
-        )
+        operations = 2 * m * setting.in_features * setting.out_features
+        rows.append(product_row(report, peer, one, keys, nbytes, operations, tolerances[peer.dtype], largest))
     add_ratios(rows)
     return rows

@@ -4,8 +4,8 @@
 #   bench/on_gpu.sh [--stages LIST] [--minutes N] [--wheels DIR] [--out DIR] [--python PYTHON]
 #                   [--device cuda|cpu] [--dry-run] [--no-install]
 #
-#   --stages    some of tests,sanitizer,rope,matmul-quick,matmul-full (default: all, in that order)
-#   --minutes   what all of it may take (default: 25); what there was no time for is named in the results
+#   --stages    some of tests,sanitizer,rope,moe,decode,load,matmul-quick,matmul-full (default: all, in that order)
+#   --minutes   what all of it may take (default: 60); what there was no time for is named in the results
 #   --wheels    a folder of wheels (or sdists) of other kernels, installed without their dependencies
 #   --out       where results go (default: bench/results/<device>)
 #   --python    an interpreter that has torch and triton (default: python3)
@@ -19,7 +19,8 @@ cd "$(dirname "$0")/.." || exit 1
 # from_here PATH: what a relative path means where the script was called
 from_here() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 
-stages=tests,sanitizer,rope,matmul-quick,matmul-full minutes=25 wheels='' out='' python=python3 device=cuda dry='' install=1
+all_stages=tests,sanitizer,rope,moe,decode,load,matmul-quick,matmul-full
+stages=$all_stages minutes=60 wheels='' out='' python=python3 device=cuda dry='' install=1
 while [ $# -gt 0 ]; do
     case $1 in
         --stages) stages=$2; shift ;;
@@ -36,9 +37,9 @@ while [ $# -gt 0 ]; do
     shift
 done
 for stage in ${stages//,/ }; do
-    case $stage in
-        tests | sanitizer | rope | matmul-quick | matmul-full) ;;
-        *) echo "on_gpu.sh: --stages: expected some of tests,sanitizer,rope,matmul-quick,matmul-full, found $stage" >&2; exit 2 ;;
+    case ,$all_stages, in
+        *",$stage,"*) ;;
+        *) echo "on_gpu.sh: --stages: expected some of $all_stages, found $stage" >&2; exit 2 ;;
     esac
 done
 limit=$((minutes * 60))
@@ -120,17 +121,23 @@ bench() {
         --out "$out/$file.json" --plot "$out/$file.png"
 }
 
-models="llama-2-13b codellama-34b mpt-30b mixtral"
+models="llama-2-13b codellama-34b mpt-30b mixtral-8x7b"
 all_m="1 2 4 8 16 32 64 128 512 2048 8192"
 some_m="1 16 64 512" all_bits="4 3 2 8" all_groups="32 -1 64 128"
 quick="8192x8192 5120x5120 13824x5120 8192x22016"
 quick_m="1 8 16 64 2048"
-rope_shapes="llama-2-13b codellama-34b mixtral"
+rope_shapes="llama-2-13b codellama-34b mixtral-8x7b"
 rope_m="1 16 512 4096 16384"
+moe_shapes=mixtral-8x7b moe_m="1 2 4 16 64 512 2048"
+# The first one gets most of the time: compiling a step takes a minute, for each length of context.
+decode_models="llama-2-13b mixtral-8x7b codellama-34b mpt-30b"
+contexts="128 1024 4096 16384" batches="1 4 16" tokens=64 load_shape=llama-2-13b
 seconds=0.1
 if [ "$dry" ]; then
     models=128x64 all_m="1 3" some_m=1 all_bits=2 all_groups="32 -1" quick=128x64 quick_m=1 rope_shapes=4x2x16 rope_m="1 5" seconds=0.002
+    moe_shapes=4x64x96 moe_m="1 5" decode_models=tiny-mixtral contexts="8 140" tokens=2
 fi
+models_at=$(mktemp -d "${TMPDIR:-/tmp}/ropewalk-models.XXXXXX")
 # among NAME…: compare with these only; with nobody in a rehearsal
 among() {
     peers=(--peers)
@@ -172,16 +179,44 @@ for stage in ${stages//,/ }; do
             ;;
         rope)
             among transformers transformers-compiled liger flash-attn vllm conch
-            bench rope rope 120 rope --shape $rope_shapes --m $rope_m --seconds $seconds "${peers[@]}"
+            bench rope rope 120 rope --shapes $rope_shapes --m $rope_m --seconds $seconds "${peers[@]}"
+            ;;
+        moe)
+            among transformers-grouped transformers-eager transformers-batched torch-all-experts marlin-one-by-one
+            bench moe moe 180 moe --shapes $moe_shapes --m $moe_m --pack 4b-g128 4b-g32-act --seconds $seconds \
+                --plot-share "$out/moe-share.png" "${peers[@]}"
+            ;;
+        decode)
+            among ropewalk-compiled torch-fp16 torch-fp16-compiled gptqmodel
+            share=480
+            for model in $decode_models; do
+                bench decode "decode-$model" "$share" decode --shapes "$model" --pack 4b-g128 --context $contexts \
+                    --tokens $tokens --seconds $seconds --models "$models_at" "${peers[@]}"
+                if [ "$share" = 480 ] && [ ! "$dry" ]; then
+                    bench decode "decode-$model-batch" 240 decode --shapes "$model" --pack 4b-g128 --batch $batches \
+                        --tokens $tokens --seconds $seconds --models "$models_at" "${peers[@]}"
+                fi
+                share=180
+                rm -rf "$models_at"
+            done
+            ;;
+        load)
+            if [ "$dry" ]; then
+                echo "on_gpu.sh: load skipped: dry run (it starts a process for every loader)" | tee -a "$out/load.log"
+                continue
+            fi
+            among transformers-fp16 safetensors
+            bench load load 240 load --shapes "$load_shape" --runs 3 --models "$models_at" "${peers[@]}"
+            rm -rf "$models_at"
             ;;
         matmul-quick)
             among torch-fp16 torch-int4 marlin humming exllamav2
-            bench matmul-quick matmul-quick 240 matmul --shape $quick --m $quick_m --bits 4 3 --group-size 128 \
+            bench matmul-quick matmul-quick 240 matmul --shapes $quick --m $quick_m --bits 4 3 --group-size 128 \
                 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
             if [ "$dry" ]; then continue; fi
             # These build or tune themselves for minutes.
             among torch-fp16 marlin gptqmodel conch gemlite
-            bench matmul-quick matmul-quick-slow-starters 300 matmul --shape $quick --m $some_m --bits 4 --group-size 128 \
+            bench matmul-quick matmul-quick-slow-starters 300 matmul --shapes $quick --m $some_m --bits 4 --group-size 128 \
                 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
             ;;
         matmul-full)
@@ -190,19 +225,20 @@ for stage in ${stages//,/ }; do
             set -- $models
             count=$((2 * $#))
             for model in $models; do
-                bench matmul-full "matmul-$model" "$(($(left) / count))" matmul --shape $model --m $all_m --bits 4 \
+                bench matmul-full "matmul-$model" "$(($(left) / count))" matmul --shapes $model --m $all_m --bits 4 \
                     --group-size 128 --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
                 count=$((count - 1))
             done
             among torch-fp16 marlin humming
             for model in $models; do
-                bench matmul-full "matmul-$model-settings" "$(($(left) / count))" matmul --shape $model --m $some_m \
+                bench matmul-full "matmul-$model-settings" "$(($(left) / count))" matmul --shapes $model --m $some_m \
                     --bits $all_bits --group-size $all_groups --no-desc-act --desc-act --seconds $seconds "${peers[@]}"
                 count=$((count - 1))
             done
             ;;
     esac
 done
+rm -rf "$models_at"
 echo "== results in $out, ${SECONDS} s"
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'on_gpu.sh: failed: %s\n' "${failed[@]}" >&2

@@ -21,7 +21,7 @@ from torch import Tensor
 import ropewalk
 from ropewalk.bench.limits import Limits
 from ropewalk.errors import RopewalkError
-from ropewalk.terminal import size, table
+from ropewalk.terminal import table
 
 Row = dict[str, Any]
 
@@ -170,7 +170,7 @@ def rows_table(rows: Sequence[Row], ours: str) -> str:
         lines.append(
             (
                 row["kernel"],
-                _computes(row),
+                computes(row),
                 *(duration(row[key]) for key in ("seconds", "p20", "p80")),
                 f"{row['gb_per_s']:.1f}",
                 f"{row['share_of_limit']:.2f}",
@@ -182,42 +182,6 @@ def rows_table(rows: Sequence[Row], ours: str) -> str:
     return table(lines)
 
 
-def decode_table(rows: Sequence[Row], ours: str) -> str:
-    """Return the rows of one model as a table, a line for each program."""
-    lead: dict[str, float] = next((row["ratio_to"] for row in rows if row["kernel"] == ours), {})
-    lines = [("", "dtype", "tokens/s", "a token", "p20", "p80", "of limit", "prompt/s", "max error", "", f"{ours} is")]
-    for row in rows:
-        ratio = lead.get(row["kernel"])
-        lines.append(
-            (
-                row["kernel"],
-                _computes(row),
-                f"{row['tokens_per_s']:.3g}",
-                *(duration(row[key]) for key in ("seconds_per_token", "p20", "p80")),
-                f"{row['share_of_limit']:.2f}",
-                f"{row['prefill_tokens_per_s']:.3g}",
-                f"{row['max_error']:.1e}",
-                {"wrong": "WRONG"}.get(row["verdict"], row["verdict"]),
-                "" if ratio is None else f"{ratio:.2f}x as fast",
-            )
-        )
-    return table(lines)
-
-
-def decode_lines(rows: Sequence[Row], ours: str) -> list[str]:
-    """Return what there is to say of a model besides the table: the limit, and where the time of ours goes."""
-    lines = []
-    for row in rows:
-        if row["kernel"] == ours:
-            limit = f"{size(row['token_bytes'])}, and the memory allows {row['limit_tokens_per_s']:.3g} tokens/s"
-            lines.append(f"a token reads {limit}; {ours} reaches {row['share_of_limit']:.0%} of that")
-        if "time_in" in row:
-            shares = {"packed layers": "packed", "the output embedding": "lm_head", "everything else": "elsewhere"}
-            parts = ", ".join(f"{row['time_in'][key]:.0%} in {name}" for name, key in shares.items())
-            lines.append(f"a token of {row['kernel']} spends {parts}")
-    return lines
-
-
 def duration(seconds: float) -> str:
     """Return a time for a person: 12.3 µs, 4.56 ms, 1.23 s."""
     for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
@@ -226,10 +190,16 @@ def duration(seconds: float) -> str:
     return f"{seconds * factor:.3g} {unit}"
 
 
+def machine_name(found: dict[str, Any]) -> str:
+    """Return the name of what was measured: the GPU, or the processor and how many threads."""
+    gpu = found.get("gpu")
+    return str(gpu["name"]) if gpu else f"{found['cpu']}, {found['threads']} threads"
+
+
 def machine_line(found: dict[str, Any], limits: Limits) -> str:
     """Return the machine and its limits in one line."""
     gpu = found.get("gpu")
-    name = f"{gpu['name']} (driver {gpu['driver']})" if gpu else f"{found['cpu']}, {found['threads']} threads"
+    name = machine_name(found) + (f" (driver {gpu['driver']})" if gpu else "")
     flops = ", ".join(f"{_short(dtype)} {value / 1e9:,.0f}" for dtype, value in limits.flops_by_dtype.items())
     return (
         f"{name}, torch {found['torch']}: reads {limits.read_gb_per_s:.1f} GB/s, "
@@ -238,18 +208,31 @@ def machine_line(found: dict[str, Any], limits: Limits) -> str:
 
 
 def case_name(row: Row, m: bool = True) -> str:
-    """Return what a row was measured on; with `m` unset without its M, which decoding does not have at all."""
+    """Return what a row was measured on; with `m` unset without its M, or its context and batch."""
     if row["bits"] is None:
         name = f"{row['heads']} heads, {row['kv_heads']} of k, {row['head_dim']} channels, {row['dtype']}"
     else:
-        groups = "one group" if row["group_size"] == -1 else f"groups of {row['group_size']}"
-        order = ", act-order" if row["desc_act"] else ""
         what = row.get("model") or f"{row['K']}x{row['N']}"
-        name = f"{what}, {row['bits']} bits, {groups}{order}, {'symmetric' if row['sym'] else 'asymmetric'}"
-    return f"{name}, M={row['M']}" if m and "M" in row else name
+        if "experts" in row:
+            what = f"{row['top_k']} of {row['experts']} experts of {what}"
+        name = f"{what}, {packing_name(row)}"
+    if not m:
+        return name
+    counts = {"M": "M={}", "context": "context {}", "batch": "{} sequences"}
+    parts = [
+        text.format(row[key]) for key, text in counts.items() if key in row and not (key == "batch" and row[key] == 1)
+    ]
+    return ", ".join([name, *parts])
 
 
-def _computes(row: Row) -> str:
+def packing_name(row: Row) -> str:
+    """Return how a row's weights are packed, for a person."""
+    groups = "one group" if row["group_size"] == -1 else f"groups of {row['group_size']}"
+    order = ", act-order" if row["desc_act"] else ""
+    return f"{row['bits']} bits, {groups}{order}, {'symmetric' if row['sym'] else 'asymmetric'}"
+
+
+def computes(row: Row) -> str:
     """Return the dtype of a row, with int8 where our kernel rounds activations to that."""
     return _short(row["dtype"]) + (", int8" if row.get("mode") == "int8" else "")
 

@@ -15,7 +15,7 @@ from ropewalk.rope.frequencies import inverse_frequencies
 from ropewalk.rope.reference import cos_sin, rope
 
 # heads x heads of k x channels of a head; MPT has no rotary embedding.
-PRESETS = {"llama-2-13b": ["40x40x128"], "codellama-34b": ["64x8x128"], "mixtral": ["32x8x128"]}
+PRESETS = {"llama-2-13b": ["40x40x128"], "codellama-34b": ["64x8x128"], "mixtral-8x7b": ["32x8x128"]}
 
 
 @dataclass(frozen=True)

@@ -107,18 +107,19 @@ class Rotation:
         return self.output
 
 
-def copies(nbytes: int, device: torch.device, rotate: int | None = None, most: int = 192) -> int:
+def copies(nbytes: float, device: torch.device, rotate: int | None = None, most: int = 192, least: int = 8) -> int:
     """Return over how many buffers of `nbytes` to rotate.
 
-    On a CPU they fill 160 MB; on a GPU four times its L2 cache, and there are at least 8 of them.
+    On a CPU they fill 160 MB; on a GPU four times its L2 cache.
 
     Args:
         rotate: bytes to fill, instead of those.
         most: the limit for very small buffers.
+        least: of them on a GPU, where a graph of several calls hides what launching it costs.
     """
     if device.type == "cuda":
         rotate = rotate or 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        return min(max(8, math.ceil(rotate / nbytes)), most)
+        return min(max(least, math.ceil(rotate / nbytes)), most)
     return min(math.ceil((rotate or 160_000_000) / nbytes), most)
 
 

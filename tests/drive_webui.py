@@ -32,7 +32,8 @@ LARGE = "8x2048x5632x32x4"  # layers, hidden, ffn, heads, kv heads: 0.4 GB
 PREPARE = """
 import sys, torch, peft, shutil, ropewalk
 from pathlib import Path
-from ropewalk.bench.model import model_cache, packed_model, parse_packing
+from ropewalk.bench.model import model_cache, packed_model
+from ropewalk.bench.shapes import parse_packing
 from ropewalk.shipped import FOLDER
 user_data = Path(sys.argv[1])
 shutil.copytree(FOLDER, user_data / "models/strand")

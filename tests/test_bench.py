@@ -91,10 +91,23 @@ class FailingLater(Peer):
 @pytest.mark.parametrize("device", DEVICES)
 def test_matmul(capsys, tmp_path, device):
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
-    arguments = ["bench", "matmul", "--device", device, "--shape", "256x128", "--m", 1, 5, "--seconds", 0.004]
+    arguments = ["bench", "matmul", "--device", device, "--shapes", "256x128", "--m", 1, 5, "--seconds", 0.004]
     arguments += ["--bits", 4, 3, "--group-size", 64, "--no-desc-act", "--desc-act", "--asym"]
-    status, text, _ = run(capsys, *arguments, "--peers", "torch-bf16", "torch-int4", "--out", out, "--plot", plot)
+    status, text, _ = run(
+        capsys,
+        *arguments,
+        "--peers",
+        "torch-bf16",
+        "torch-int4",
+        "--out",
+        out,
+        "--plot",
+        plot,
+        "--plot-share",
+        tmp_path / "share.png",
+    )
     assert status == 0
+    assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
     assert plot.read_bytes().startswith(b"\x89PNG")
     found = json.loads(out.read_text())
     assert set(found) >= {"machine", "limit", "results"}
@@ -335,6 +348,7 @@ def test_peers():
         assert len(set(names)) == len(names)
         chosen, _ = choose(peers, None, CPU)
         assert chosen[0].name == OURS
+        assert [peer.name for peer in choose(peers, [], CPU)[0]] == [p.name for p in chosen if p.name.startswith(OURS)]
         _, missing = choose(peers, ["conch"], CPU)
         assert missing == {"conch": "runs on cuda only"}
         with pytest.raises(UsageError, match=r"--peers: expected some of .*, found 'nobody'"):
@@ -359,7 +373,15 @@ def test_peers():
         ["matmul", "--pack", "4b-g128-none"],
         ["rope", "--device", "cpu", "--mode", "exact"],
         ["matmul", "--m", "0"],
-        ["rope", "--shape", "mpt-30b"],
+        ["rope", "--shapes", "mpt-30b"],
+        ["matmul", "--shapes", "tiny"],
+        ["moe", "--shapes", "llama-2-13b"],
+        ["moe", "--shapes", "4x64x96:5"],
+        ["moe", "--shapes", "4x64x96:two"],
+        ["moe", "--shapes", "4x60x96"],
+        ["moe", "--peers", "torch-int4"],
+        ["moe", "--plot-share", "/nowhere/out.png"],
+        ["load", "--plot-share", "out.png"],
         ["rope", "--shape", "4x3x32"],
         ["rope", "--peers", "torch-int4"],
         ["nothing"],
@@ -383,7 +405,8 @@ def test_the_script_for_a_gpu_rehearsed_on_the_cpu(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("rope", "matmul-quick", "matmul-128x64", "matmul-128x64-settings"):
+    names = ("rope", "moe", "matmul-quick", "matmul-128x64", "matmul-128x64-settings")
+    for name in (*names, "decode-tiny-mixtral"):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert {row["kernel"] for row in found["results"]} >= {OURS}
         assert (tmp_path / f"{name}.png").is_file()

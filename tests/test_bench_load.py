@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ropewalk.bench import limits, load, load_process, model, report, summary
+from ropewalk.bench import limits, load, load_process, load_rows, model, report, summary
 from ropewalk.bench.load_worker import memory, tensor_spans
 from ropewalk.bench.peers.ours import OURS
+from ropewalk.bench.shapes import parse_packing
 from ropewalk.cli import main
 from ropewalk.errors import RopewalkError
 
 CPU = torch.device("cpu")
 LIMITS = limits.Limits(10.0, 10.0, 1e12, {"float32": 1e12})
-PACKING = model.parse_packing("4b-g32-act")
+PACKING = parse_packing("4b-g32-act")
 SHAPE = "2x256x512x4x2"
 ROW = {
     *(
@@ -171,12 +172,16 @@ print(json.dumps({{"event": "called", "peak_bytes": memory()["peak"] - before["p
 
 def test_what_does_not_fit_is_skipped_with_its_reason(root, monkeypatch):
     monkeypatch.setattr(load, "available_memory", lambda device: load.SPARE + 50_000_000.0)
+    (note,) = loaded(root, load.load_peers()[:1]).skipped  # not even the model that is right in float32
+    assert note["kernel"] == "all"
+    assert "GB of memory" in note["why"]
+    monkeypatch.setattr(load, "_cannot_check", lambda name, packing, device: None)
     found = loaded(root, load.load_peers()[:1])
     assert [note["kernel"] for note in found.skipped] == [OURS, "read"]
     assert "for cached files; 50 MB are left" in found.skipped[0]["why"]
     assert found.skipped[0]["why"].startswith("needs about ")
     assert [row["share_of_limit"] for row in found.results] == [None]
-    assert "read-reused" in load.load_table(found.results, OURS)
+    assert "read-reused" in load_rows.load_table(found.results, OURS)
 
 
 def test_no_turn_begins_after_the_deadline(root):
@@ -188,7 +193,7 @@ def test_no_turn_begins_after_the_deadline(root):
 
 @pytest.mark.parametrize("name", ["4b-g32-act", "3b-none", "8b-g64-act-asym"])
 def test_a_model_of_random_codes_is_whole_and_lively(root, name):
-    packing = model.parse_packing(name)
+    packing = parse_packing(name)
     made = model.packed_model(SHAPE, packing, root, CPU, rounded=False)
     before = (made.folder / "model.safetensors").stat().st_mtime_ns
     again = model.packed_model(SHAPE, packing, root, CPU, rounded=False)
@@ -240,3 +245,26 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, arguments):
     assert status == 2
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny-mpt", "tiny-mixtral"])
+def test_other_families_load_packed_and_unpacked(root, name):
+    """Of random codes, whose norms have both signs: a router that did not follow them would choose by rounding."""
+    from transformers import AutoModelForCausalLM
+
+    import ropewalk
+
+    made = model.packed_model(name, PACKING, root, CPU, rounded=False)
+    ids = list(range(7))
+    expected = load._expected(made, ids, CPU)
+    assert float(expected.std()) > 0.1
+    ours, _ = ropewalk.load(made.folder, device_map="cpu", dtype="bfloat16")
+    unpacked = AutoModelForCausalLM.from_pretrained(load.float16_folder(made), dtype=torch.float32)
+    for found, tolerance in ((ours, 0.06), (unpacked, 0.003)):
+        with torch.inference_mode():
+            logits = found(torch.tensor([ids])).logits[0].float()
+        assert float((logits - expected).abs().max() / expected.abs().max()) < tolerance
+    if name == "tiny-mixtral":
+        gates = [found.model.layers[1].mlp.gate.weight for found in (ours, unpacked)]
+        assert torch.equal(gates[0].float(), gates[1])
+        assert gates[1].count_nonzero() == 4

@@ -80,9 +80,9 @@ def test_without_kernels_there_are_no_modes(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--mode", "int8"], "--mode: expected it for matmul and decode on a CPU, found modes"),
+        (["--mode", "int8"], "--mode: expected it for matmul, moe and decode on a CPU, found modes"),
         (["--dtype", "bfloat16"], "--dtype: expected float32 for modes, found bfloat16"),
-        (["--plot", "plot.png"], "--plot: expected it for rope, matmul, decode and load, found modes"),
+        (["--plot", "plot.png"], "--plot: expected it for rope, matmul, moe, decode and load, found modes"),
     ],
 )
 def test_options_of_the_others(capsys, arguments, complaint):

@@ -68,23 +68,23 @@ def rotary_peers() -> list[RotaryPeer]:
 def choose(
     peers: Sequence[AnyPeer], names: Sequence[str] | None, device: torch.device
 ) -> tuple[list[AnyPeer], dict[str, str]]:
-    """Return the peers to time on a device, ours always among them, and why others are not.
+    """Return the peers to time on a device, and why others are not.
 
     Args:
-        names: those wanted besides ours; None for all that are here.
+        names: those wanted besides ours that are timed by default; None for all that are.
 
     Raises:
         UsageError: a name that no peer has.
     """
-    known = [peer.name for peer in peers if not peer.name.startswith(OURS)]
+    known = [peer.name for peer in peers if peer.name != OURS]
     for name in names or ():
         if name not in known:
             raise UsageError(f"--peers: expected some of {', '.join(known)}, found {name!r}")
     chosen, missing = [], {}
     for peer in peers:
         by_default = device.type in peer.by_default and device.type in peer.devices
-        wanted = by_default if names is None else peer.name in names
-        if not wanted and not peer.name.startswith(OURS):
+        always = by_default and (names is None or peer.name.startswith(OURS))
+        if not always and peer.name not in (names or ()):
             continue
         why = peer.available(device)
         if why is None:

@@ -35,13 +35,19 @@ class Ropewalk(Peer):
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Load and let the layer derive what its kernels need."""
-        layer = QuantLinear(
-            weight.bits, weight.group_size, weight.in_features, weight.out_features, False, device=weight.device
-        )
+        layer = packed_layer(weight)
         set_mode(layer, self.mode)
-        layer.load_state_dict({name: getattr(weight, name) for name in ("qweight", "qzeros", "scales", "g_idx")})
-        layer.post_init()
         return layer
+
+
+def packed_layer(weight: Weight) -> QuantLinear:
+    """Return the layer of a weight, loaded and ready."""
+    layer = QuantLinear(
+        weight.bits, weight.group_size, weight.in_features, weight.out_features, False, device=weight.device
+    )
+    layer.load_state_dict({name: getattr(weight, name) for name in ("qweight", "qzeros", "scales", "g_idx")})
+    layer.post_init()
+    return layer
 
 
 def modes(first: str | None = None) -> list[tuple[str, str | None]]:

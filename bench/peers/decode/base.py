@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +21,32 @@ class Decoder(ABC):
     note = ""
 
     @abstractmethod
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Begin anew with a prompt, int64 [T]; return the logits [vocabulary] of its last token."""
+    def start(self, batch: int, capacity: int) -> None:
+        """Make an empty cache for `batch` sequences of up to `capacity` tokens, in place of the one before."""
 
     @abstractmethod
-    def step(self, token: int) -> Tensor:
-        """Go on by one token; return its logits, which may be overwritten by the next call."""
+    def fill(self, tokens: int) -> None:
+        """Put random keys and values of so many tokens into the empty cache, the same for every sequence and for
+        every program (`random_keys`). Where that cannot be done, read random tokens.
+        """
+
+    @abstractmethod
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens` of each sequence."""
+
+    @abstractmethod
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Read tokens, int64 [B, T]; return the logits [B, vocabulary] of the last ones."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Go on by one token for each sequence, int64 [B]; return logits [B, vocabulary], which the next call may
+        overwrite.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Free the cache."""
 
     @abstractmethod
     def close(self) -> None:
@@ -41,48 +60,44 @@ class DecodePeer(Program, ABC):
 
     Attributes:
         mode: which of our kernels for the CPU it runs; None for what has no such choice.
+        most_sequences: the largest batch.
+        families: the kinds of models it runs, as config.json names them; none is any.
+        fills_at_once: whether its decoder can be given keys and values; elsewhere it reads tokens, which takes time.
     """
 
     mode: str | None = None
+    most_sequences: int | None = None
+    families: tuple[str, ...] = ()
+    fills_at_once = True
 
-    def nbytes(self, model: PackedModel, dtype: torch.dtype, context: float) -> float:
-        """Return the fewest bytes that a token needs read, `context` tokens from the beginning."""
-        return model.token_bytes(context)
+    def cannot_run(self, model: PackedModel) -> str | None:
+        """Return why it cannot run a model, or None."""
+        family = model.shape.config()["model_type"]
+        if self.families and family not in self.families:
+            return f"is given models of type {' and '.join(self.families)} only here"
+        return self.cannot_hold(model.packing)
+
+    def nbytes(self, model: PackedModel, dtype: torch.dtype, context: float, batch: int = 1) -> float:
+        """Return the fewest bytes that a step of `batch` sequences needs read, `context` tokens from the beginning."""
+        return model.step_bytes(context, batch, dtype.itemsize)
 
     def memory(self, model: PackedModel, dtype: torch.dtype) -> float:
-        """Return about how many bytes it needs to load and run."""
+        """Return about how many bytes it needs to load and run, without the cache."""
         embeddings = 2 * model.shape.vocab * model.shape.hidden * dtype.itemsize
-        return 2 * model.token_bytes(model.shape.hidden) + embeddings
+        return 2 * model.shape.packed_bytes(model.packing) + embeddings
 
     @abstractmethod
-    def load(self, model: PackedModel, dtype: torch.dtype, device: torch.device, capacity: int) -> Decoder:
-        """Load it for up to `capacity` tokens."""
+    def load(self, model: PackedModel, dtype: torch.dtype, device: torch.device) -> Decoder:
+        """Load it."""
 
 
-class TransformersDecoder(Decoder):
-    """A causal language model of transformers, called as its `generate` does, with a static cache."""
-
-    def __init__(self, model: Any, capacity: int, note: str = ""):
-        self.model = model
-        self.note = note
-        self._capacity = capacity
-        self._cache: Any = None
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Make a new cache."""
-        from transformers import StaticCache
-
-        self._cache = StaticCache(self.model.config, self._capacity)
-        return self._logits(ids[None])
-
-    def step(self, token: int) -> Tensor:
-        """Call the model with one token."""
-        return self._logits(torch.tensor([[token]]))
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self.model = self._cache = None
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        ids = ids.to(self.model.device)
-        return self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+def random_keys(
+    layer: int, heads: int, tokens: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a layer, [1, heads, tokens, channels] each: normal numbers that every dtype holds, the
+    same at each call on a device.
+    """
+    generator = torch.Generator(device).manual_seed(layer)
+    shape = (2, 1, heads, tokens, channels)
+    numbers = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).to(dtype)
+    return numbers[0], numbers[1]
