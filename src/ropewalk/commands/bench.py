@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ropewalk.commands.options import add_threads, choose_device, load, positive, read_text, rope_of
+from ropewalk.commands.options import (
+    add_out,
+    add_threads,
+    check_out,
+    choose_device,
+    load,
+    positive,
+    read_text,
+    rope_of,
+    write_out,
+)
 from ropewalk.terminal import Output
 
 if TYPE_CHECKING:
@@ -85,8 +94,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="modes: what to read; - is stdin (default: demo's held-out text)"
     )
     add_threads(parser)
-    parser.add_argument("--plot", metavar="FILE", help="draw to a PNG: time over M, tokens a second, time and memory")
-    parser.add_argument("--out", metavar="FILE", help="write the JSON object to a file too")
+    add_out(parser, "time over M, tokens a second, time and memory")
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
@@ -101,10 +109,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     begin = time.monotonic()
     if args.seconds <= 0:
         raise UsageError(f"--seconds: expected a positive number, found {args.seconds}")
-    for option, file in (("--out", args.out), ("--plot", args.plot)):
-        # Before the work, not after it.
-        if file and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{option}: expected a folder to write to, found none for {file}")
+    check_out(args)
     device = choose_device(args.device)
     if args.mode and (args.what in ("rope", "modes", "load") or device.type != "cpu"):
         raise UsageError(f"--mode: expected it for matmul and decode on a CPU, found {args.what} on {device.type}")
@@ -306,10 +311,7 @@ def _modes(args: argparse.Namespace, out: Output) -> None:
     out.say(modes_table(rows))
     result = {"machine": machine(model.device), "model": args.model, "rope": rope_of(model), "tokens": len(ids)}
     result["results"] = rows
-    out.result(result)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-        out.note(f"results: {args.out}")
+    write_out(args, out, result)
 
 
 def _say(what: str, out: Output, rows: Sequence[Row], skipped: Sequence[Row], ours: str) -> None:
@@ -340,10 +342,7 @@ def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
     found = report.as_json()
     if args.what == "load":
         found["limit"] |= reading_limit(report.results)
-    out.result(found)
-    if args.out:
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
-        out.note(f"results: {args.out}")
+    write_out(args, out, found)
     if args.plot and report.results:
         name = (
             report.machine.get("gpu", {}).get("name") or f"{report.machine['cpu']}, {report.machine['threads']} threads"
