@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ class Column(NamedTuple):
         name: a short one: of the model where there are several, and of the rope where there are several.
         source: the model as it was named.
         rope: what is known of its rope, as `--json` prints it.
+        original: how many tokens the model was first trained with, if its config tells that they were fewer.
         model, tokenizer: of transformers. The next column may be the same model with another rope.
     """
 
     name: str
     source: str
     rope: dict[str, Any]
+    original: int | None
     model: Any
     tokenizer: Any
 
@@ -63,9 +65,21 @@ def columns(args: argparse.Namespace, out: Output) -> Iterator[Column]:
             found = rope_of(model)
             asked = f"auto ({found['type']})" if rope == "auto" else rope
             names = [shown[source]] * (len(models) > 1) + [asked] * (len(ropes) > 1)
-            yield Column(", ".join(names) or found["type"], source, found, model, tokenizer)
+            name = ", ".join(names) or found["type"]
+            yield Column(name, source, found, _original(model.config), model, tokenizer)
         del model
         gc.collect()  # before the next one is loaded
+
+
+def _original(config: Any) -> int | None:
+    original = getattr(config, "original_max_position_embeddings", None)
+    return original if isinstance(original, int) and original < config.max_position_embeddings else None
+
+
+def common(values: Iterable[int | None]) -> int | None:
+    """Return what all columns have in common, such as a context to mark in a picture; else None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 def _config(args: argparse.Namespace, source: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def add_source(parser: argparse.ArgumentParser, several: bool = False, default: 
         default=default and [default],
         metavar="MODEL",
         help="a folder with a checkpoint, a file of weights, or user/name:branch of the Hub; `demo` is the one that "
-        "ships",
+        "ships, `needle` the one of the repository that finds needles",
     )
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
 

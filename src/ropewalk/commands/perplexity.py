@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ropewalk.commands.columns import Column, check, columns
+from ropewalk.commands.columns import Column, check, columns, common
 from ropewalk.commands.options import add_model, add_out, check_out, positive, read_text, write_out
 from ropewalk.shipped import held_out_text
 from ropewalk.terminal import Output, table
@@ -50,13 +50,17 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if args.text is None and args.dataset is None and set(models) != {"demo"}:
         raise UsageError("--text: expected a file, found none")
     text = _text(args)
-    found = [_measure(args, out, column, text) for column in columns(args, out)]
+    found, originals = [], []
+    for column in columns(args, out):
+        found.append(_measure(args, out, column, text))
+        originals.append(column.original)
     _say(found, args.stride, out)
     if args.plot:
         from ropewalk.plot import plot_perplexity
 
         title = f"Perplexity of {models[0]}" if len(models) == 1 else "Perplexity by context"
-        plot_perplexity({column["name"]: column["perplexity"] for column in found}, args.plot, title=title)
+        lines = {one["name"]: one["perplexity"] for one in found}
+        plot_perplexity(lines, args.plot, title=title, mark=common(originals))
         out.note(f"plot: {args.plot}")
     write_out(args, out, {**found[0], **({"columns": found} if len(found) > 1 else {})})
 
