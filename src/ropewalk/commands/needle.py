@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         longest = context_length(column.model)
         lengths = lengths or sorted({round(part * longest) for part in SHARES})
         if lengths[-1] > longest:
-            out.note(f"note: {column.name}: {lengths[-1]} tokens are more than the {longest} that the config names")
+            out.note(f"note: {lengths[-1]} tokens are more than the {longest} that the config names ({column.name})")
         found.append(_measure(args, out, column, text, lengths))
         originals.append(column.original)
         _say(found[-1], out)

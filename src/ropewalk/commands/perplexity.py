@@ -97,7 +97,7 @@ def _measure(args: argparse.Namespace, out: Output, column: Column, text: str) -
         raise ContextLengthError(f"{option}: expected at least {contexts[-1]} tokens, found {len(ids)}")
     if contexts[-1] > context_length(column.model):
         named = context_length(column.model)
-        out.note(f"note: {column.name}: {contexts[-1]} tokens are more than the {named} that the config names")
+        out.note(f"note: {contexts[-1]} tokens are more than the {named} that the config names ({column.name})")
     # Every length reads the same tokens: as many as fill the longest windows.
     ids = ids[: len(ids) // contexts[-1] * contexts[-1]]
     total = sum(len(windows(len(ids), n, args.stride)) * n for n in contexts)
