@@ -68,8 +68,9 @@ class Needles:
 
     def __init__(self, tokenizer: Any):
         self._encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        with_special = tokenizer("a")["input_ids"]
-        self.begin = with_special[: len(with_special) - len(self._encode("a"))]  # <s>, or nothing
+        plain, special = self._encode("a"), tokenizer("a")["input_ids"]
+        places = (i for i in range(len(special)) if special[i : i + len(plain)] == plain)
+        self.begin = special[: next(places, 0)]  # <s>, or nothing
 
     def line(self, key: str, value: str) -> Line:
         """Return the needle of a key and a value.
