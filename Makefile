@@ -9,10 +9,12 @@
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute, and run our layers
 #   make test-autogptq   the part of that in which AutoGPTQ runs our layers
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (50 min. and more)
+#   make long-context   the table and the heat maps of README's "Long context, shown" (a few minutes)
 #   make webui-browser WEBUI=/path/to/webui   drive an installed text-generation-webui in Chromium and by its API (5 min.);
 #                 WEBUI_PYTHON= is its Python, with ropewalk and peft in it; screenshots go to WEBUI_OUT=
 #   make dev      install for work on the code: links that type checkers and editors can follow
 #   make small-model   train the model that ships once more (Debian, 2 cores, under an hour)
+#   make needle-model  tune it to find needles, as bench/models has it (Debian, 10 minutes and more)
 #   make environments   only install what the three targets with other programs need; `make compile`, only compile
 #   make clean    remove all of that
 
@@ -31,8 +33,8 @@ lay_over_the_first = below=$$($(abspath $(VENV)/bin/python) -c "import site; pri
 PROCESSES ?= 2
 PYTEST = -m pytest -n $(PROCESSES) --dist worksteal
 
-.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu webui-browser dev small-model \
-	environments compile clean
+.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu long-context webui-browser dev \
+	small-model needle-model environments compile clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/ropewalk demo
@@ -105,6 +107,14 @@ bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
 		--stop-after 420 --out $(BENCH_OUT)/decode-batch.json --plot $(BENCH_OUT)/decode-batch.png
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.summary $(BENCH_OUT)
 
+LONG_OUT := bench/results/long-context
+long-context: $(VENV)/installed
+	mkdir -p $(LONG_OUT)
+	$(VENV)/bin/ropewalk needle --rope auto none linear --lengths 64 128 256 512 768 1024 \
+		--out $(LONG_OUT)/needle.json --plot $(LONG_OUT)/needle.png
+	$(VENV)/bin/ropewalk perplexity demo --rope auto none linear:4 yarn:4 --context 128 256 512 1024 \
+		--out $(LONG_OUT)/perplexity.json --plot $(LONG_OUT)/perplexity.png
+
 # It works on a copy of webui's folder. Chromium is Debian's: apt install chromium.
 WEBUI ?=
 WEBUI_PYTHON ?= $(firstword $(wildcard $(WEBUI)/installer_files/env/bin/python $(WEBUI)/.venv/bin/python \
@@ -118,6 +128,9 @@ webui-browser: $(VENV)-browser/installed
 
 small-model: $(VENV)-gptqmodel/installed
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.small_model .cache/small-model
+
+needle-model: $(VENV)/installed
+	$(VENV)/bin/python -m ropewalk.bench.needle_model .cache/needle-model
 
 $(VENV)/environment: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -51,6 +51,7 @@ REQUIRES = [
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
+    "datasets": ["datasets>=2.19"],
     "serve": ["fastapi", "uvicorn", "openai>=1.98", "pydantic>=2"],
     "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],

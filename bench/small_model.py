@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +228,9 @@ def train(ids: Tensor, unseen: Tensor, steps: int, tune_steps: int, seed: int) -
     log: dict[str, Any] = {"parameters": model.num_parameters(), "seed": seed, "threads": torch.get_num_threads()}
 
     began = time.perf_counter()
+    data = batches(ids, CONTEXT, steps)
     losses, unseen_by_step = run(
-        model, ids, unseen, CONTEXT, steps, muon_lr=0.03, adam_lr=4e-3, name="original context"
+        model, data, unseen, CONTEXT, steps, muon_lr=0.03, adam_lr=4e-3, name="original context"
     )
     log["original"] = {
         "context": CONTEXT,
@@ -249,8 +250,9 @@ def train(ids: Tensor, unseen: Tensor, steps: int, tune_steps: int, seed: int) -
     model.model.rotary_emb = RopewalkRotaryEmbedding(model.config)
     contexts = (CONTEXT, CONTEXT * FACTOR)
     untuned = {n: perplexity(model, unseen, n) for n in contexts}
+    data = batches(ids, CONTEXT * FACTOR, tune_steps)
     losses, unseen_by_step = run(
-        model, ids, unseen, CONTEXT * FACTOR, tune_steps, muon_lr=0.01, adam_lr=1e-3, name="long context"
+        model, data, unseen, CONTEXT * FACTOR, tune_steps, muon_lr=0.01, adam_lr=1e-3, name="long context"
     )
     log["tuned"] = {
         "context": CONTEXT * FACTOR,
@@ -265,10 +267,25 @@ def train(ids: Tensor, unseen: Tensor, steps: int, tune_steps: int, seed: int) -
     return model, log
 
 
+def text_loss(model: Any, tokens: Tensor) -> Tensor:
+    """Return the mean loss over the tokens [B, T] of a batch."""
+    return model(tokens, labels=tokens, use_cache=False).loss
+
+
 def run(
-    model: Any, ids: Tensor, unseen: Tensor, context: int, steps: int, *, muon_lr: float, adam_lr: float, name: str
+    model: Any,
+    data: Iterable[Any],
+    unseen: Tensor,
+    context: int,
+    steps: int,
+    *,
+    muon_lr: float,
+    adam_lr: float,
+    name: str,
+    loss_of: Callable[[Any, Any], Tensor] = text_loss,
+    compiled: bool = True,
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Train for `steps` steps of 4096 tokens with rates that fall to zero.
+    """Train on `data`, `steps` batches, with rates that fall to zero.
 
     Returns step -> mean loss since the step before, and step -> perplexity of the held-out text, which shows
     whether the model has begun to learn its text by heart.
@@ -286,15 +303,15 @@ def run(
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 50) * (1 - step / steps))
         for o in optimizers
     ]
-    compiled = torch.compile(model)
+    forward = torch.compile(model) if compiled else model
     losses: dict[int, float] = {}
     unseen_by_step: dict[int, float] = {}
     recent: list[float] = []
     model.train()
-    bar = tqdm(batches(ids, context, steps), total=steps, desc=name)
-    for step, tokens in enumerate(bar, 1):
+    bar = tqdm(data, total=steps, desc=name)
+    for step, batch in enumerate(bar, 1):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(tokens, labels=tokens, use_cache=False).loss
+            loss = loss_of(forward, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -315,11 +332,11 @@ def run(
     return losses, unseen_by_step
 
 
-def batches(ids: Tensor, context: int, steps: int) -> Iterator[Tensor]:
-    """Yield `steps` batches of windows; every window of an epoch is seen once before any is seen again, and
-    each epoch cuts the text elsewhere.
+def batches(ids: Tensor, context: int, steps: int, tokens: int = TOKENS_PER_STEP) -> Iterator[Tensor]:
+    """Yield `steps` batches of `tokens` tokens in windows; every window of an epoch is seen once before any is seen
+    again, and each epoch cuts the text elsewhere.
     """
-    rows = TOKENS_PER_STEP // context
+    rows = tokens // context
     order: list[int] = []
     for _ in range(steps):
         while len(order) < rows:

@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "a chat in the terminal",
     "serve": "transformers' server with GPTQ models, for programs that talk to OpenAI's",
     "perplexity": "perplexity over a text, by length of context",
+    "needle": "whether a model finds a line again that it has read, by length and depth",
     "quantize": "pack a float16 model with GPTQ",
     "convert": "write any checkpoint that is read here as safetensors",
     "bench": "our kernels against others found here, in one run",

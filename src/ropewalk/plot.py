@@ -80,6 +80,64 @@ def plot_perplexity(
     pyplot.close(figure)
 
 
+def plot_needles(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    path: str,
+    *,
+    title: str,
+    mark: int | None = None,
+    columns: int = 3,
+) -> None:
+    """Draw heat maps of how often needles were found, depth down and length across.
+
+    Args:
+        panels: name -> length, in tokens -> depth, from 0 to 1 -> share found, from 0 to 1. All have the same cells.
+        path: the PNG to write.
+        mark: a length to mark, the context of the first training.
+        columns: panels beside each other, at most.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    pyplot = load_pyplot()
+    lengths = list(next(iter(panels.values())))
+    depths = list(panels[next(iter(panels))][lengths[0]])
+    across = 2 if len(panels) == 4 else min(columns, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = ((0.62 * len(lengths) + 0.5) * across + 1.6, (0.36 * len(depths) + 0.8) * down + 0.5)
+    figure, axes = pyplot.subplots(
+        down, across, figsize=size, dpi=150, layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, found) in zip(axes.flat, panels.items(), strict=False):
+        cells = [[found[length][depth] for length in lengths] for depth in depths]
+        picture = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
+                colour = "black" if value > 0.6 else "white"
+                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        within = sum(int(length) <= (mark or 0) for length in lengths)
+        if 0 < within < len(lengths):
+            axis.axvline(within - 0.5, color="tab:red", linestyle=":", linewidth=2)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(depths)), [f"{100 * float(depth):g} %" for depth in depths])
+        axis.tick_params(labelsize=8)
+        axis.spines[:].set_visible(False)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("length, tokens", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth", fontsize=9)
+    bar = figure.colorbar(picture, ax=axes, format=lambda value, _: f"{100 * value:.0f} %", pad=0.02)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    note = f"\ndotted: the original context of {mark} tokens" if mark else ""
+    figure.suptitle(title + note, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def _spread(values: Mapping[str, float], limits: tuple[float, float]) -> dict[str, float]:
     """Return where labels go on a logarithmic axis: at their values, moved apart where they would overlap."""
     gap = math.log(limits[1] / limits[0]) * 0.055

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the positional MODEL and how it is to be loaded."""
-    add_source(parser)
+def add_model(parser: argparse.ArgumentParser, several: bool = False, default: str | None = None) -> None:
+    """Add the positional MODEL, one or several with several ropes, and how it is to be loaded."""
+    add_source(parser, several, default)
     add_packing(parser)
-    add_rope(parser)
+    add_rope(parser, several)
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     place.add_argument(
@@ -50,13 +50,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add the positional MODEL and --revision."""
+def add_source(parser: argparse.ArgumentParser, several: bool = False, default: str | None = None) -> None:
+    """Add the positional MODEL, one or several, needed unless there is a default, and --revision."""
     parser.add_argument(
         "model",
+        nargs=("+" if default is None else "*") if several else None,
+        default=default and [default],
         metavar="MODEL",
         help="a folder with a checkpoint, a file of weights, or user/name:branch of the Hub; `demo` is the one that "
-        "ships",
+        "ships, `needle` the one of the repository that finds needles",
     )
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
 
@@ -69,11 +71,12 @@ def add_packing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=group_size, metavar="N", help="the same; -1 is no groups")
 
 
-def add_rope(parser: argparse.ArgumentParser) -> None:
+def add_rope(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add --rope."""
     parser.add_argument(
         "--rope",
-        default="auto",
+        nargs="+" if several else None,
+        default=["auto"] if several else "auto",
         metavar="ROPE",
         help="auto, none, linear:2, ntk:2.5, dynamic:2, yarn:4, partial-ntk:factor=4,original=4096, … (default: auto)",
     )
@@ -91,6 +94,31 @@ def add_cpu_mode(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads."""
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+
+
+def add_out(parser: argparse.ArgumentParser, picture: str) -> None:
+    """Add --plot and --out."""
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {picture} to a PNG")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON object to a file too")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuse a --plot or --out that cannot be written, before the work and not after it.
+
+    Raises:
+        UsageError: a folder that is not there.
+    """
+    for option, file in (("--out", args.out), ("--plot", args.plot)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{option}: expected a folder to write to, found none for {file}")
+
+
+def write_out(args: argparse.Namespace, out: Output, result: Mapping[str, Any]) -> None:
+    """Print the JSON object with --json, and write it with --out."""
+    out.result(result)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        out.note(f"results: {args.out}")
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
