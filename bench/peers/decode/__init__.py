@@ -13,7 +13,12 @@ from ropewalk.bench.peers.ours import OURS, modes
 
 # Rows of ours besides the default: what follows its name, and what `ropewalk.load` is given for it. They take part
 # where --peers names them.
-VARIANTS: dict[str, dict[str, Any]] = {}
+_UP_TO = {"qkv": "qkv", "gate-up": "qkv,gate-up", "norm": "qkv,gate-up,norm,act-order"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unfused": {"fuse": "none"},
+    # One fusion after the other; the last of them, attention, makes it the default.
+    **{f"fused-up-to-{name}": {"fuse": fusions} for name, fusions in _UP_TO.items()},
+}
 
 
 def decode_peers(dtype: torch.dtype, device: torch.device, mode: str | None = None) -> list[DecodePeer]:
