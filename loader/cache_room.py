@@ -93,6 +93,17 @@ def room_in(cache: Any, index: int, tokens: int, like: Tensor, heads: int, dim: 
     return _grown(layer, past, past + tokens, like, shape).room
 
 
+def static_layer(cache: Any, index: int) -> Any:
+    """Return a layer of a StaticCache that has its memory already, or None."""
+    from transformers.cache_utils import StaticCache, StaticLayer
+
+    if type(cache) is not StaticCache or cache.offloading or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    known = type(layer) is StaticLayer and hasattr(layer, "cumulative_length") and layer.is_initialized
+    return layer if known else None
+
+
 def _grown(layer: Any, past: int, needed: int, like: Tensor, shape: tuple[int, ...]) -> _Grown:
     """Return the tensors behind a DynamicLayer's, made anew where there are none or they are full."""
     found = vars(layer).get(_ATTRIBUTE)

@@ -18,6 +18,7 @@ from ropewalk.cpu.attention import attention
 from ropewalk.loader import apply_rotary, cache_room
 from ropewalk.loader.merged import Merged
 from ropewalk.norm.ops import add_rms_norm, rms_norm
+from ropewalk.rope.ops import rope_and_cache_
 
 FEW = 16  # new tokens up to which attention is one call on the CPU
 
@@ -163,9 +164,13 @@ class FusedAttention:
         heads, kv_heads = self._heads()
         batch, tokens, _ = qkv.shape
         q, k, v = qkv.view(batch, tokens, -1, module.head_dim).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
-        q, k = modeling.apply_rotary_pos_emb(q, k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(k, v, module.layer_idx)
+        entered = self._enter(q, k, v, cos, sin, cache) if self.in_one else None
+        if entered is not None:
+            k, v = entered
+        else:
+            q, k = modeling.apply_rotary_pos_emb(q, k, cos, sin)
+            if cache is not None:
+                k, v = cache.update(k, v, module.layer_idx)
         interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, modeling.eager_attention_forward
         )
@@ -174,6 +179,27 @@ class FusedAttention:
         dropout = module.attention_dropout if module.training else 0.0
         out, weights = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **kwargs)
         return module.o_proj(out.reshape(batch, tokens, -1).contiguous()), weights
+
+    def _enter(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rotate q and k in place and write k and v into a static cache, in one launch; return all its keys and values.
+
+        Returns None, with nothing done, for other caches, and where a gradient is wanted.
+        """
+        layer = cache_room.static_layer(cache, self.module.layer_idx)
+        fits = layer is not None and layer.keys.dtype == q.dtype and layer.keys.shape[0] == q.shape[0]
+        if not fits or not _has_one_launch(q) or not apply_rotary.is_replaced(self.modeling) or _needs_gradient(q):
+            return None
+        slots = (torch.arange(q.shape[2], device=q.device) + layer.cumulative_length)[None]
+        layer.cumulative_length.add_(q.shape[2])
+        pairs = (table.unflatten(-1, (2, -1)) for table in (cos, sin))
+        rope_and_cache_(q, k, v, layer.keys, layer.values, slots, None, None, *pairs)
+        return layer.keys, layer.values
+
+
+def _has_one_launch(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _window(module: Any) -> int | None:

@@ -97,6 +97,21 @@ def test_generate_streams(shipped):
     assert "".join(pieces) == made.text
 
 
+def test_long_prompts_are_read_in_chunks(shipped, monkeypatch):
+    """So that a long context needs no more room for what is between the layers than a short one."""
+    from ropewalk import generation
+
+    model, tokenizer = ropewalk.load(shipped)
+    prompt = " ".join([PROMPT] * 20)
+    whole = generation.generate(model, tokenizer, prompt, max_new_tokens=12)
+    lengths = []
+    model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(generation, "CHUNK", 32)
+    assert generation.generate(model, tokenizer, prompt, max_new_tokens=12).text == whole.text
+    assert max(lengths) == 32
+    assert sum(lengths) == whole.prompt_tokens + 11
+
+
 def test_generate_stops_at_a_string_and_never_shows_it(shipped):
     from ropewalk.generation import generate
 

@@ -302,6 +302,22 @@ def test_compiles_without_a_break(llama, layout, cache):
     assert (logits(compiled, ids, **options) - logits(fused, ids, **expected)).abs().max() < 2e-5
 
 
+def test_on_a_gpu_a_static_cache_is_written_with_the_rotation(llama, monkeypatch):
+    """As it is there; here with the same operator on the CPU."""
+    monkeypatch.setattr("ropewalk.loader.fused._has_one_launch", lambda x: True)
+    monkeypatch.setattr("ropewalk.loader.fused.FEW", 0)
+    plain, fused = load(llama, "none"), load(llama)
+    caches = {model: StaticCache(model.config, 64) for model in (plain, fused)}
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for tokens in (IDS, IDS[:, :1], IDS[:, 1:3], IDS[:, 3:4]):
+        ours = logits(compiled if tokens.shape[1] == 1 else fused, tokens, past_key_values=caches[fused])
+        assert (ours - logits(plain, tokens, past_key_values=caches[plain])).abs().max() < 2e-5
+    for layer, expected in zip(caches[fused].layers, caches[plain].layers, strict=True):
+        assert (layer.keys - expected.keys).abs().max() < 2e-5
+        assert torch.equal(layer.cumulative_length, expected.cumulative_length)
+
+
 def step(model, cache, token):
     return logits(model, token, past_key_values=cache, use_cache=True)[:, -1]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from ropewalk.errors import ContextLengthError, UsageError
 
+CHUNK = 2048  # tokens of a prompt that are read at once: what an MLP makes of 16,384 would take more room than they
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -97,6 +99,7 @@ def generate(
         **inputs,
         **sampling,
         max_new_tokens=limit,
+        prefill_chunk_size=CHUNK if prompt_tokens > CHUNK and _has_cache(model) else None,
         repetition_penalty=repetition_penalty,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -115,6 +118,11 @@ def generate(
         decode_seconds=streamer.last - streamer.first,
         stopped="stop string" if ends else "eos" if at_eos else "length",
     )
+
+
+def _has_cache(model: Any) -> bool:
+    """Return whether `generate` keeps keys and values for this model; MPT's config of 2023 says to keep none."""
+    return bool(model.generation_config.use_cache and getattr(model.config, "use_cache", True))
 
 
 def _streamer(tokenizer: Any, stop: list[str], on_text: Callable[[str], None]) -> Any:

@@ -47,6 +47,12 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False, default: s
         help="a PEFT adapter to put on top, a folder or user/name of the Hub; may be repeated, also as NAME=DIR",
     )
     add_cpu_mode(parser)
+    parser.add_argument(
+        "--fuse",
+        metavar="STEPS",
+        help="which steps of a packed model are taken together: auto, none, or some of qkv,gate-up,norm,act-order,"
+        "attention (default: $ROPEWALK_FUSE or auto)",
+    )
     add_threads(parser)
 
 
@@ -253,9 +259,18 @@ def load(args: argparse.Namespace, out: Output) -> tuple[Any, Any]:
     from ropewalk.loader.load import load as load_model
 
     check_rope(args.rope)
-    options = chosen(
-        args, ("revision", "bits", "group_size", "max_memory", "load_in_4bit", "cache_packed", "cpu_mode", "dtype")
+    names = (
+        "revision",
+        "bits",
+        "group_size",
+        "max_memory",
+        "load_in_4bit",
+        "cache_packed",
+        "cpu_mode",
+        "fuse",
+        "dtype",
     )
+    options = chosen(args, names)
     if getattr(args, "lora", None):
         options["lora"] = adapters(args.lora)
     if args.threads:
