@@ -50,13 +50,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add the positional MODEL and --revision."""
+def add_source(parser: argparse.ArgumentParser, more: str = "", **options: Any) -> None:
+    """Add the positional MODEL and --revision.
+
+    Args:
+        more: what else a MODEL may be.
+        options: as `add_argument` takes them.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="a folder with a checkpoint, a file of weights, or user/name:branch of the Hub; `demo` is the one that "
-        "ships",
+        f"ships{more}",
+        **options,
     )
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
 
