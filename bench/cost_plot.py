@@ -35,7 +35,7 @@ def plot_cost(
     from ropewalk.plot import load_pyplot
 
     pyplot = load_pyplot()
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.4), dpi=110, layout="constrained")
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.8), dpi=110, layout="constrained")
     contexts = [longest * i // POINTS for i in range(POINTS + 1)]
     for i, (name, sizes) in enumerate(models.items()):
         needs = [sizes.memory(n, kv_bits, chunk) / 1e9 for n in contexts]
@@ -67,7 +67,8 @@ def plot_cost(
         axis.tick_params(which="both", labelsize=8)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+    speed.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    memory.legend(fontsize=8, frameon=False)
     what = ", ".join(models) if len(models) < 3 else f"{len(models)} models"
     parts = "" if chunk is None else f", prompts in parts of {chunk:,}"
     figure.suptitle(f"Calculated: {what}, one sequence, keys and values in {kv_bits} bits{parts}", fontsize=10)

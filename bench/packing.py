@@ -7,8 +7,10 @@ Then both models compute the same tokens in plain torch and float32, so that wha
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -145,12 +147,25 @@ def bench_packing(
         packed = home / variant.name
         if not (packed / "config.json").is_file():  # a folder of this name is always whole
             _quantize(folder, packed, variant, texts, context)
-        model, _ = load(packed, device_map="cpu", dtype=torch.float32)
+        with _quiet():
+            model, _ = load(packed, device_map="cpu", dtype=torch.float32)
         unpack(model)
         bits = _bits_per_weight(open_checkpoint(packed), variant.packing)
         rows.append(_row(variant, bits, _logits(model, ids, context), reference, ids, context))
         on_row(rows[-1])
     return rows, len(reference) * (context - 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let our log say nothing but warnings: which rope it is was said when the float model was loaded."""
+    log = logging.getLogger("ropewalk")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _quantize(folder: Path, out: Path, variant: Variant, texts: Texts, context: int) -> None:
