@@ -6,7 +6,8 @@ input embedding, and the keys and values of all tokens before it, so
 
     tokens/s <= bandwidth / (packed layers + output embedding + norms, biases and routers + keys and values)
 
-with b + 16 / g bits for a packed weight (b / g more where zero points differ, 32 / N more for act-order), and
+with b + 16 / g bits for a packed weight (b / g more where zero points differ, 32 / N more for act-order; as files hold
+them, while our layout for the GPU keeps a zero point in 8 bits), and
 2 * layers * heads of k * channels numbers for each token of context. Memory is the weights, the keys and values, and
 what a prompt needs while it is computed (`Sizes.work_bytes`), which is an estimate.
 """
@@ -284,7 +285,8 @@ def cost_table(found: dict[str, Any]) -> str:
                     f"{device['longest_context']:,}" if first else "",
                 )
             )
-    return table(lines)
+    sources = (f"{device['name']} {device['source']}" for device in found["devices"])
+    return f"{table(lines)}\nGB/s: {'; '.join(sources)}"
 
 
 def models_table(costs: dict[str, dict[str, Any]], place: int) -> str:

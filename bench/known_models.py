@@ -8,52 +8,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ropewalk.bench.model import SHAPES, Packing, parse_packing
+from ropewalk.bench.model import Packing, parse_packing
 from ropewalk.errors import FormatError, UsageError
 from ropewalk.gptq.format import expected_tensors
 from ropewalk.loader.quantize import ROUTERS
 
-_LLAMA = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
-_CODELLAMA_34B = {
-    **_LLAMA,
-    "hidden_size": 8192,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 16384,
-}
-_MISTRAL_7B = {
-    **_LLAMA,
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-}
+
+def _llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, context: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
-def _mpt(width: int, layers: int, heads: int, context: int, vocab: int) -> dict[str, Any]:
-    sizes = {"d_model": width, "n_layers": layers, "n_heads": heads, "max_seq_len": context, "vocab_size": vocab}
+def _mpt(layers: int, width: int, heads: int, context: int) -> dict[str, Any]:
+    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "max_seq_len": context, "vocab_size": 50432}
     return {"model_type": "mpt", "expansion_ratio": 4, "no_bias": True, **sizes}
 
 
+_MIXTURE = {"model_type": "mixtral", "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "tinyllama-1.1b": SHAPES["llama-1b"].config(),
-    "llama-2-7b": SHAPES["llama-2-7b"].config() | {"max_position_embeddings": 4096},
-    "llama-2-13b": SHAPES["llama-2-13b"].config() | {"max_position_embeddings": 4096},
-    "airophin-13b": SHAPES["llama-2-13b"].config() | {"max_position_embeddings": 16384},
-    "codellama-34b": _CODELLAMA_34B,
-    "llama-2-70b": _CODELLAMA_34B
-    | {"intermediate_size": 28672, "num_hidden_layers": 80, "max_position_embeddings": 4096},
-    "mistral-7b": _MISTRAL_7B,
-    "mixtral-8x7b": _MISTRAL_7B
-    | {"model_type": "mixtral", "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "mpt-7b": _mpt(4096, 32, 32, 2048, 50432),
-    "mpt-30b": _mpt(7168, 48, 64, 8192, 50432),
+    "tinyllama-1.1b": _llama(22, 2048, 5632, 32, 4, 2048),
+    "llama-2-7b": _llama(32, 4096, 11008, 32, 32, 4096),
+    "llama-2-13b": _llama(40, 5120, 13824, 40, 40, 4096),
+    "airophin-13b": _llama(40, 5120, 13824, 40, 40, 16384),
+    "codellama-34b": _llama(48, 8192, 22016, 64, 8, 16384),
+    "llama-2-70b": _llama(80, 8192, 28672, 64, 8, 4096),
+    "mistral-7b": _llama(32, 4096, 14336, 32, 8, 32768, model_type="mistral", sliding_window=4096),
+    "mixtral-8x7b": _llama(32, 4096, 14336, 32, 8, 32768, **_MIXTURE),
+    "mpt-7b": _mpt(32, 4096, 32, 2048),
+    "mpt-30b": _mpt(48, 7168, 64, 8192),
 }
 
 

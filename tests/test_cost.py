@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from ropewalk.bench.model import packed_model, parse_packing
 from ropewalk.cli import main
 from ropewalk.errors import UsageError
 from ropewalk.loader.inspect import open_model
+
+RESULTS = Path(__file__).parents[1] / "bench/results/cost"
 
 # Limits of a batch of one without context, worked out by hand before there was code for it. Two digits differ from
 # those: of the 34B without groups 17.13 GB, which left out norms and the scales of the columns, 8 MB; and of the 34B
@@ -44,6 +47,18 @@ def test_the_table(capsys):
     assert status == 0
     assert head == "tokens a second at most, with 0 tokens of context; calculated, not measured:"
     assert [line.split() for line in lines] == rows
+
+
+def test_the_results_that_are_kept_are_those_of_the_command(capsys):
+    kept = json.loads((RESULTS / "limits.json").read_text())
+    models = [each["model"] for each in kept["models"]]
+    assert models == [line.split()[0] for line in TABLE.strip().splitlines()]
+    names = [device["name"] for device in kept["models"][0]["cost"]["devices"]]
+    assert inspect_json(capsys, *models, "--device", *names) == kept
+    for name, bits in (("airophin-16.json", "16"), ("airophin-8.json", "8")):
+        kept = json.loads((RESULTS / name).read_text())
+        options = ["--device", "h100", "4090", "--context", "4096", "16384", "--kv-bits", bits]
+        assert inspect_json(capsys, kept["model"], *options) == kept
 
 
 @pytest.mark.parametrize(("name", "kilobytes"), [("llama-2-13b", 819), ("codellama-34b", 197), ("mpt-30b", 1376)])
