@@ -56,7 +56,7 @@ class Row(TypedDict):
 
     Its keys: how it is packed and by what; bits of a packed weight with scales, zero points and order; the mean over
     positions of KL(float || packed) of the next token's distribution, in nats; the share of positions with the same
-    likeliest token; perplexity.
+    likeliest token; perplexity; how many positions were compared.
     """
 
     method: str | None
@@ -68,6 +68,7 @@ class Row(TypedDict):
     kl: float
     same_top: float
     perplexity: float
+    positions: int
 
 
 class Texts(NamedTuple):
@@ -107,10 +108,9 @@ def bench_packing(
     *,
     root: Path,
     tokens: int | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Row], int]:
-    """Return a row for the float model and for each variant, and how many positions were compared.
+) -> Iterator[Row]:
+    """Yield a row for the float model, then one for each variant as soon as it is there.
 
     The logits of the float model stay in memory: 4 bytes for each position and token of the vocabulary.
 
@@ -119,7 +119,6 @@ def bench_packing(
         context: tokens of a window; windows do not overlap, and calibration has the same length, at most 2048.
         root: where variants are kept, in a folder for each model and calibration text.
         tokens: use only so many of the held-out ones.
-        on_row: called with each row when it is there.
         progress: called with the name of what is quantized or compared next.
 
     Raises:
@@ -139,8 +138,7 @@ def bench_packing(
     progress("float")
     unpack(model)
     reference = list(_logits(model, ids, context))
-    rows = [_row(None, 16.0, reference, reference, ids, context)]
-    on_row(rows[0])
+    yield _row(None, 16.0, reference, reference, ids, context)
     home = root / f"{folder.name}-{_digest(checkpoint, texts.calibration, context)}"
     for variant in wanted:
         progress(variant.name)
@@ -151,9 +149,7 @@ def bench_packing(
             model, _ = load(packed, device_map="cpu", dtype=torch.float32)
         unpack(model)
         bits = _bits_per_weight(open_checkpoint(packed), variant.packing)
-        rows.append(_row(variant, bits, _logits(model, ids, context), reference, ids, context))
-        on_row(rows[-1])
-    return rows, len(reference) * (context - 1)
+        yield _row(variant, bits, _logits(model, ids, context), reference, ids, context)
 
 
 @contextmanager
@@ -216,6 +212,7 @@ def _row(
         kl=kl / count,
         same_top=same / count,
         perplexity=math.exp(loss / count),
+        positions=count,
     )
 
 

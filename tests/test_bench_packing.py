@@ -14,7 +14,7 @@ from ropewalk.bench.packing import PACKINGS, Texts, Variant, bench_packing, divi
 from ropewalk.bench.perplexity import perplexity
 from ropewalk.cli import main
 from ropewalk.commands import bench_packing as command
-from ropewalk.errors import CheckpointError, ContextLengthError
+from ropewalk.errors import CheckpointError, ContextLengthError, RopewalkError
 from ropewalk.loader.load import load
 from ropewalk.loader.write import write_json, write_weights
 from ropewalk.shipped import FOLDER, held_out_text
@@ -62,7 +62,8 @@ def test_rounding_costs_less_with_more_bits(capsys, tmp_path, float_model):
     found = run(capsys, float_model, *options, "--pack", *packs, "--out", out, "--plot", plot)
     assert found == json.loads(out.read_text())
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert found["positions"] == TOKENS // CONTEXT * (CONTEXT - 1)
+    positions = TOKENS // CONTEXT * (CONTEXT - 1)
+    assert {row["positions"] for row in found["results"]} == {positions}
     whole, two, four, four_in_one, eight = found["results"]  # to nearest there is no order to follow
     assert (whole["bits"], whole["kl"], whole["same_top"]) == (None, 0, 1)
     assert [row["bits"] for row in (two, four, four_in_one, eight)] == [2, 4, 4, 8]
@@ -79,7 +80,7 @@ def test_rounding_costs_less_with_more_bits(capsys, tmp_path, float_model):
     ids = torch.tensor(tokenizer(divide(held_out_text()).held_out, verbose=False)["input_ids"])[:TOKENS]
     assert whole["perplexity"] == pytest.approx(perplexity(model, ids, CONTEXT), rel=1e-5)
     expected, packed = (log_softmax(logits_of(folder, ids), -1) for folder in (float_model, folders[0]))
-    by_torch = kl_div(packed, expected, reduction="sum", log_target=True) / found["positions"]
+    by_torch = kl_div(packed, expected, reduction="sum", log_target=True) / positions
     assert two["kl"] == pytest.approx(float(by_torch), rel=1e-4)
     assert two["same_top"] == pytest.approx(float((packed.argmax(-1) == expected.argmax(-1)).double().mean()))
 
@@ -91,11 +92,25 @@ def test_rounding_costs_less_with_more_bits(capsys, tmp_path, float_model):
     assert {folder: (folder / "config.json").stat().st_mtime_ns for folder in folders} == made  # packed once
 
 
+def test_what_was_measured_before_an_error_is_kept(capsys, tmp_path, float_model, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise RopewalkError("GPTQModel failed")
+
+    monkeypatch.setattr("ropewalk.bench.packing.quantize", fail)
+    out = tmp_path / "packing.json"
+    options = ["--tokens", "16", "--context", "16", "--models", str(tmp_path), "--out", str(out)]
+    assert main(["bench", "packing", str(float_model), *options]) == 1
+    assert "GPTQModel failed" in capsys.readouterr().err
+    assert [row["kl"] for row in json.loads(out.read_text())["results"]] == [0]
+
+
 def test_other_texts_and_models_are_packed_anew(tmp_path, float_model):
     text = held_out_text()
     wanted = [Variant(Packing(8, -1, False, True), "rtn")]
     for calibration in ("One.", "Another."):
-        bench_packing(float_model, Texts(calibration, text), wanted, 16, root=tmp_path, tokens=16)
+        assert (
+            len(list(bench_packing(float_model, Texts(calibration, text), wanted, 16, root=tmp_path, tokens=16))) == 2
+        )
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -117,13 +132,13 @@ def test_variants():
 def test_what_is_refused(tmp_path, float_model):
     texts = Texts("In the beginning", "In the beginning")
     with pytest.raises(CheckpointError, match="float weights"):
-        bench_packing(FOLDER, texts, [], 8, root=tmp_path)
+        list(bench_packing(FOLDER, texts, [], 8, root=tmp_path))
     with pytest.raises(ContextLengthError, match="at least one window of 64 tokens"):
-        bench_packing(float_model, texts, [], 64, root=tmp_path)
+        list(bench_packing(float_model, texts, [], 64, root=tmp_path))
     bare = tmp_path / "bare"
     shutil.copytree(float_model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(CheckpointError, match="a tokenizer"):
-        bench_packing(bare, texts, [], 8, root=tmp_path)
+        list(bench_packing(bare, texts, [], 8, root=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +164,6 @@ def test_without_the_model_of_a_checkout(capsys, monkeypatch, tmp_path):
 
 def test_perplexity_is_that_of_the_positions(float_model, tmp_path):
     texts = divide(held_out_text())
-    (row,), count = bench_packing(float_model, texts, [], CONTEXT, root=tmp_path, tokens=CONTEXT)
-    assert count == CONTEXT - 1
+    (row,) = bench_packing(float_model, texts, [], CONTEXT, root=tmp_path, tokens=CONTEXT)
+    assert row["positions"] == CONTEXT - 1
     assert math.log(row["perplexity"]) == pytest.approx(math.log(22), abs=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ropewalk.commands.options import read_text
 from ropewalk.terminal import Output
@@ -27,7 +27,6 @@ def bench_packing_command(args: argparse.Namespace, out: Output) -> None:
 
     from ropewalk.bench.model import model_cache, parse_packing
     from ropewalk.bench.packing import METHODS, PACKINGS, bench_packing, packing_table, row_name, variants
-    from ropewalk.bench.plots_packing import plot_packing
     from ropewalk.bench.report import machine
     from ropewalk.errors import UsageError
 
@@ -43,33 +42,33 @@ def bench_packing_command(args: argparse.Namespace, out: Output) -> None:
     wanted = variants(packings, args.methods or METHODS)
     context = max(args.context)
     rows: list[Row] = []
-    with out.bar(len(wanted) + 1, "packings", unit="packing") as bar:
+    root = Path(args.models) if args.models else model_cache()
+    try:
+        with out.bar(len(wanted) + 1, "packings", unit="packing") as bar:
+            options = {"root": root, "tokens": args.tokens, "progress": bar.set_postfix_str}
+            for row in bench_packing(folder, _texts(args), wanted, context, **options):
+                rows.append(row)
+                bar.update()
+                out.note(f"{row_name(row)}: KL {row['kl']:.3g}")
+    finally:
+        # What was measured before an error or Ctrl-C is worth keeping.
+        if rows:
+            out.say(f"{folder.name}: {rows[0]['positions']:,} positions of held-out text, contexts of {context} tokens")
+            out.say(packing_table(rows))
+            result = {"machine": machine(torch.device("cpu")), "model": folder.name, "context": context}
+            _write(args, out, {**result, "results": rows})
 
-        def show(row: Row) -> None:
-            rows.append(row)
-            bar.update()
-            out.note(f"{row_name(row)}: KL {row['kl']:.3g}")
 
-        _, count = bench_packing(
-            folder,
-            _texts(args),
-            wanted,
-            context,
-            root=Path(args.models) if args.models else model_cache(),
-            tokens=args.tokens,
-            on_row=show,
-            progress=bar.set_postfix_str,
-        )
-    out.say(f"{folder.name}: {count:,} positions of held-out text in windows of {context} tokens")
-    out.say(packing_table(rows))
-    result = {"machine": machine(torch.device("cpu")), "model": folder.name, "context": context, "positions": count}
-    result["results"] = rows
+def _write(args: argparse.Namespace, out: Output, result: dict[str, Any]) -> None:
+    """Print and write what there is, and draw it."""
+    from ropewalk.bench.plots_packing import plot_packing
+
     out.result(result)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
         out.note(f"results: {args.out}")
     if args.plot:
-        plot_packing(rows, args.plot, title=f"What packing costs {folder.name}")
+        plot_packing(result["results"], args.plot, title=f"What packing costs {result['model']}")
         out.note(f"plot: {args.plot}")
 
 
