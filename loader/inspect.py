@@ -11,7 +11,7 @@ from ropewalk import cpu
 from ropewalk.gptq import few_tokens
 from ropewalk.gptq.format import is_symmetric
 from ropewalk.loader.checkpoint import Checkpoint, open_checkpoint
-from ropewalk.loader.rope import decide_rope
+from ropewalk.loader.rope import RopeDecision, decide_rope
 from ropewalk.loader.source import find_source
 
 
@@ -41,9 +41,21 @@ def inspect(
     Raises:
         CheckpointError, FormatError, RopeError: as `load` does.
     """
-    source = find_source(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return describe(*open_model(model, rope=rope, bits=bits, group_size=group_size, **where))
+
+
+def open_model(
+    model: str | Path, *, rope: str = "auto", bits: int | None = None, group_size: int | None = None, **where: Any
+) -> tuple[Checkpoint, RopeDecision]:
+    """Return a checkpoint, checked, and its rope; arguments and errors are those of `inspect`."""
+    source = find_source(model, **where)
     checkpoint = open_checkpoint(source.folder, file=source.file, bits=bits, group_size=group_size)
-    decision = decide_rope(checkpoint.config, rope, checkpoint.folder / "config.json")
+    return checkpoint, decide_rope(checkpoint.config, rope, checkpoint.folder / "config.json")
+
+
+def describe(checkpoint: Checkpoint, decision: RopeDecision) -> dict[str, Any]:
+    """Return what `inspect` returns, of a checkpoint that is open."""
     settings = checkpoint.quantize_config
     packed = sum(layer.nbytes() for layer in checkpoint.layers.values())
     total = checkpoint.nbytes()

@@ -17,7 +17,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import ropewalk
+from ropewalk.bench.packing import METHODS, bench_packing, divide, variants
 from ropewalk.bench.perplexity import perplexity
+from ropewalk.bench.shapes import Packing
 from ropewalk.errors import RopewalkError, UsageError
 from ropewalk.loader.write import write_json, write_weights
 from ropewalk.shipped import held_out_text
@@ -307,3 +309,12 @@ def test_architectures_that_gptqmodel_packs(
     assert max(differences) < 1e-4
     with torch.inference_mode():
         assert torch.equal(ropewalk.load(copy)[0](ids).logits, ours)
+
+
+def test_what_packing_costs(tmp_path, float_model):
+    """GPTQ is nearer to the float model than rounding is, and act-order takes it nearer still."""
+    packings = [Packing(3, 128, act, True) for act in (False, True)]
+    wanted = variants(packings, METHODS)
+    rows = bench_packing(float_model, divide(held_out_text()), wanted, 256, root=tmp_path, tokens=4096)
+    kl = {(row["method"], row["desc_act"]): row["kl"] for row in rows}
+    assert kl["gptq", True] < kl["gptq", False] < 0.8 * kl["rtn", False]

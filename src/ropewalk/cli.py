@@ -20,7 +20,7 @@ from ropewalk.terminal import Output
 # command -> what `ropewalk --help` says of it; each is a module of ropewalk.commands
 COMMANDS = {
     "demo": "the main job on the small model that ships with the package",
-    "inspect": "what is in a checkpoint, and which rotary embedding it means",
+    "inspect": "what is in a checkpoint, which rotary embedding it means, and what it would cost on a device",
     "generate": "continue a prompt, streaming",
     "chat": "a chat in the terminal",
     "serve": "transformers' server with GPTQ models, for programs that talk to OpenAI's",

@@ -1,6 +1,6 @@
 """`ropewalk bench rope|matmul|moe|decode|load`: ours against what else is installed here, in one run.
 
-`ropewalk bench modes`: what our modes on a CPU cost in quality.
+`ropewalk bench modes`: what our modes on a CPU cost in quality; `ropewalk bench packing`: what packing does.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
         "what",
-        choices=("rope", "matmul", "moe", "decode", "load", "modes"),
+        choices=("rope", "matmul", "moe", "decode", "load", "modes", "packing"),
         help="which kernels (moe: the experts of a mixture), or whole models: their speed, how long they load and in "
-        "how much memory, or what exact and int8 on a CPU cost in perplexity",
+        "how much memory, or what exact and int8 on a CPU, or 2 to 8 bits, group sizes and act-order, cost in quality",
+    )
+    parser.add_argument(
+        "float_model",
+        nargs="?",
+        metavar="FLOAT16-MODEL",
+        help="packing: a folder with a model in float16 (default: bench/models/strand-4m-needle-1k in a checkout)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     parser.add_argument(
@@ -58,7 +64,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PACK",
         help="exactly these instead of every combination of the four above: 4b-g128, 3b-g32-act, 8b-none-asym, …; load "
-        "takes only this (default: 4b-g32-act)",
+        "takes only this (default: 4b-g32-act), and packing (default: 2, 3, 4 and 8 bits in groups of 32, of 128 and "
+        "one, with act-order and without, and asymmetric ones)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, else float16)")
     parser.add_argument(
@@ -76,20 +83,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="decode: tokens in the cache before (default: 128): a prompt of up to 128, and before it random keys and "
-        "values; modes: (default: 256 1024)",
+        "values; modes: (default: 256 1024); packing: the longest of them (default: 1024)",
     )
     parser.add_argument(
         "--batch", type=positive, nargs="+", default=[1], metavar="N", help="decode: sequences (default: 1)"
     )
     parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="decode: of each (default: 64); modes: of the text (default: all)"
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="decode: of each (default: 64); modes, packing: of the text (default: all)",
     )
     parser.add_argument(
-        "--models", metavar="DIR", help="decode, load: where to keep models (default: the user's cache)"
+        "--models", metavar="DIR", help="decode, load, packing: where to keep models (default: the user's cache)"
     )
     parser.add_argument("--model", default="demo", metavar="MODEL", help="modes: (default: demo, the one that ships)")
     parser.add_argument(
-        "--text", metavar="FILE", help="modes: what to read; - is stdin (default: demo's held-out text)"
+        "--text", metavar="FILE", help="modes, packing: what to read; - is stdin (default: demo's held-out text)"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="packing: calibrate GPTQ with it (default: a quarter of the text, by pieces)",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=("gptq", "rtn"), help="packing: GPTQ, or rounding to nearest (default: both)"
     )
     add_threads(parser)
     parser.add_argument(
@@ -110,6 +128,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from ropewalk.bench.peers import OURS, choose
     from ropewalk.bench.report import Report, machine, machine_line
     from ropewalk.commands.bench_modes import bench_modes_command
+    from ropewalk.commands.bench_packing import bench_packing_command
     from ropewalk.commands.bench_work import work
     from ropewalk.errors import RopewalkError, UsageError
 
@@ -125,6 +144,11 @@ def run(args: argparse.Namespace, out: Output) -> None:
     device = choose_device(args.device)
     if args.mode and (args.what in ("rope", "modes", "load") or device.type != "cpu"):
         raise UsageError(f"--mode: expected it for matmul, moe and decode on a CPU, found {args.what} on {device.type}")
+    if args.float_model is not None and args.what != "packing":
+        raise UsageError(f"FLOAT16-MODEL: expected it for packing, found {args.float_model} for {args.what}")
+    if args.what == "packing":
+        bench_packing_command(args, out)
+        return
     if args.what == "modes":
         bench_modes_command(args, out)
         return

@@ -56,15 +56,21 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False, default: s
     add_threads(parser)
 
 
-def add_source(parser: argparse.ArgumentParser, several: bool = False, default: str | None = None) -> None:
-    """Add the positional MODEL, one or several, needed unless there is a default, and --revision."""
+def add_source(
+    parser: argparse.ArgumentParser, several: bool = False, default: str | None = None, more: str = ""
+) -> None:
+    """Add the positional MODEL, one or several, needed unless there is a default, and --revision.
+
+    Args:
+        more: what else a MODEL may be.
+    """
     parser.add_argument(
         "model",
         nargs=("+" if default is None else "*") if several else None,
         default=default and [default],
         metavar="MODEL",
         help="a folder with a checkpoint, a file of weights, or user/name:branch of the Hub; `demo` is the one that "
-        "ships, `needle` the one of the repository that finds needles",
+        "ships, `needle` the one of the repository that finds needles" + more,
     )
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit of the Hub, instead of :branch")
 
