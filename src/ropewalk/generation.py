@@ -122,7 +122,8 @@ def generate(
 
 def _has_cache(model: Any) -> bool:
     """Return whether `generate` keeps keys and values for this model; MPT's config of 2023 says to keep none."""
-    return bool(model.generation_config.use_cache and getattr(model.config, "use_cache", True))
+    settings = (model.generation_config.use_cache, getattr(model.config, "use_cache", None))
+    return False not in settings
 
 
 def _streamer(tokenizer: Any, stop: list[str], on_text: Callable[[str], None]) -> Any:
