@@ -52,13 +52,14 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "peft": ["peft>=0.18"],
     "datasets": ["datasets>=2.19"],
+    "kv": ["hqq>=0.2.8"],
     "serve": ["fastapi", "uvicorn", "openai>=1.98", "pydantic>=2"],
     "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],
     "fastchat": ["fschat>=0.2.36", "peft>=0.18"],
     "test": [
         *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18"),
-        *("bitsandbytes>=0.46.1", "packaging", "fastapi", "uvicorn", "openai>=1.98"),
+        *("bitsandbytes>=0.46.1", "packaging", "fastapi", "uvicorn", "openai>=1.98", "hqq>=0.2.8"),
     ],
     "lint": ["ruff", "mypy"],
 }

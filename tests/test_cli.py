@@ -97,6 +97,18 @@ def test_generate_streams(shipped):
     assert "".join(pieces) == made.text
 
 
+def test_keys_and_values_in_8_bits(shipped, capsys, monkeypatch):
+    pytest.importorskip("hqq")
+    arguments = ["generate", "demo", "--prompt", PROMPT * 12, "--max-new-tokens", "20"]
+    found = run_json(capsys, *arguments, "--kv-bits", "8")
+    assert found["text"] == run_json(capsys, *arguments)["text"]
+    assert run_json(capsys, *arguments, "--kv-bits", "2")["text"] != found["text"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    status, _, err = run(capsys, *arguments, "--kv-bits", "8")
+    assert status == 1
+    assert "expected the package hqq" in err
+
+
 def test_long_prompts_are_read_in_chunks(shipped, monkeypatch):
     """So that a long context needs no more room for what is between the layers than a short one."""
     from ropewalk import generation

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.errors import ContextLengthError, UsageError
+from ropewalk.errors import ContextLengthError, MissingPackageError, UsageError
 
 CHUNK = 2048  # tokens of a prompt that are read at once: what an MLP makes of 16,384 would take more room than they
 
@@ -56,6 +57,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: list[str] | None = None,
+    kv_bits: int | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
@@ -70,12 +72,15 @@ def generate(
         repetition_penalty: above 1, makes tokens seen before less likely.
         seed: of the sampling.
         stop: strings that end it; the text has them no more.
+        kv_bits: keep keys and values in so many bits (2, 3, 4 or 8), by transformers' quantized cache and the package
+            hqq; the last 128 tokens or fewer stay as they are.
         on_start: called once the prompt is known to fit, before anything is computed.
         on_text: called with every piece of text as it comes.
 
     Raises:
         ContextLengthError: the prompt fills the context or more.
         UsageError: a setting out of range.
+        MissingPackageError: hqq is not there.
     """
     import torch
 
@@ -99,6 +104,7 @@ def generate(
         **inputs,
         **sampling,
         max_new_tokens=limit,
+        **_quantized_cache(kv_bits),
         prefill_chunk_size=CHUNK if prompt_tokens > CHUNK and _has_cache(model) else None,
         repetition_penalty=repetition_penalty,
         streamer=streamer,
@@ -118,6 +124,15 @@ def generate(
         decode_seconds=streamer.last - streamer.first,
         stopped="stop string" if ends else "eos" if at_eos else "length",
     )
+
+
+def _quantized_cache(bits: int | None) -> dict[str, Any]:
+    if bits is None:
+        return {}
+    if importlib.util.find_spec("hqq") is None:
+        raise MissingPackageError("--kv-bits: expected the package hqq (pip install 'ropewalk[kv]'), found none")
+    settings = {"backend": "hqq", "nbits": bits, "axis_key": 1, "axis_value": 1}
+    return {"cache_implementation": "quantized", "cache_config": settings}
 
 
 def _has_cache(model: Any) -> bool:

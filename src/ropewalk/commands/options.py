@@ -144,6 +144,12 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, max_new_to
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(2, 3, 4, 8),
+        help="keep keys and values in so many bits, by transformers' quantized cache (needs the package hqq)",
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--repetition-penalty: expected above 0, found {args.repetition_penalty:g}")
     if not args.temperature >= 0:
         raise UsageError(f"--temperature: expected 0 or more, found {args.temperature:g}")
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "kv_bits")
     return {name: getattr(args, name) for name in names}
 
 
