@@ -38,6 +38,7 @@ from ropewalk.gptq import cpu_layout, cpu_ops
 from ropewalk.gptq.format import expected_tensors
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.checksum import checksum
+from ropewalk.loader.fuse import FUSIONS, groups_of
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.loader.safetensors_file import TensorEntry, read_header
 from ropewalk.loader.skeleton import Skeleton
@@ -226,7 +227,13 @@ def _check(path: Path, name: str, module: QuantLinear, parts: Mapping[str, Tenso
 def _write(skeleton: Skeleton, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
     """Write the layers of a filled model to the first place that can hold them; say in the log where that is."""
     layers = {name: module for name, module in skeleton.packed.items() if module._layout == "cpu"}
-    tensors = {f"{name}.{part}": tensor for name, module in layers.items() for part, tensor in _parts(module).items()}
+    tensors = {
+        f"{name}.{part}": tensor
+        for group in _groups(skeleton.model, layers)
+        for part in _PARTS
+        for name in group
+        if (tensor := _parts(layers[name]).get(part)) is not None
+    }
     if not tensors:
         log.info("cache_packed: nothing is kept, since no kernel for the CPU takes the layers of %s", checkpoint.folder)
         return
@@ -254,6 +261,18 @@ def _write(skeleton: Skeleton, checkpoint: Checkpoint, about: Mapping[str, Any])
         log.info("cache_packed: %d packed layers are kept in %s (%.2f GB)", len(layers), path, needed / 1e9)
         return
     log.warning("cache_packed: nothing is kept: %s", why)
+
+
+def _groups(model: Any, layers: Mapping[str, QuantLinear]) -> list[list[str]]:
+    """Return the names of layers that are to lie side by side, part by part, so that they are mapped as one
+    (`ropewalk.loader.merged`), and each other layer by itself.
+    """
+    names = {module: name for name, module in layers.items()}
+    merged = [
+        [names[layer] for layer in group] for group in groups_of(model, frozenset(FUSIONS)) if names.keys() >= {*group}
+    ]
+    taken = {name for group in merged for name in group}
+    return merged + [[name] for name in layers if name not in taken]
 
 
 def _parts(module: QuantLinear) -> Parts:

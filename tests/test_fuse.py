@@ -1,6 +1,7 @@
 """Fused models: what is taken together computes what its steps compute, and nothing of it shows from outside."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -136,6 +137,18 @@ def test_nothing_is_held_twice(llama):
     plain = load(llama, "none")
     others = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain.buffers()}
     assert sum(storages.values()) <= 1.01 * sum(others.values())
+
+
+def test_layers_of_the_cache_are_mapped_as_one(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    first = load(tmp_path / "model", cache_packed=True)
+    again = load(tmp_path / "model", cache_packed=True)
+    assert torch.equal(logits(again), logits(first))
+    assert (logits(again) - logits(load(llama, "none"))).abs().max() < 2e-5
+    storages = {m.qweight.untyped_storage().data_ptr() for m in again.modules() if isinstance(m, QuantLinear)}
+    assert len(storages) == 1
+    for part in fused_parts(again, (FusedAttention, FusedMLP)):
+        assert part.projections.merged.words.untyped_storage().data_ptr() in storages
 
 
 def test_saving_and_names_stay(folder, layout, tmp_path):
