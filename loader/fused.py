@@ -228,18 +228,44 @@ class FusedMLP:
     def __call__(self, x: Tensor, in_order: bool = False) -> Tensor:
         """Return what the module's own forward does; with `in_order` for channels in the projections' order."""
         merged = None if _needs_gradient(x) else self.projections.usable()
-        result: Tensor
         if merged is None:
-            result = type(self.module).forward(self.module, x)
+            result: Tensor = type(self.module).forward(self.module, x)
             return result
-        inner, down = merged(x, in_order), self.module.down_proj
-        if merged.folded is None:
-            result = down(inner)
-        elif _same(down, merged.reader) and down._order is merged.folded and is_plain(down):
-            result = down(inner, in_order=True)
-        else:  # an adapter, or a hook
-            result = down(inner.index_select(-1, torch.argsort(merged.folded)))
-        return result
+        return _read_by(self.module.down_proj, merged(x, in_order), merged)
+
+
+class FusedMptMLP:
+    """The forward of MPT's MLP, the order that its second layer wants folded into the columns of its first.
+
+    Args:
+        module: computes down(act(up(x))), where act goes number by number, and adds what it is given.
+        merged: up, alone.
+    """
+
+    def __init__(self, module: Any, merged: Merged):
+        self.module = module
+        self.projections = Projections(module, ("up_proj",), merged)
+
+    def __call__(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """Return what the module's own forward does."""
+        module = self.module
+        merged = None if _needs_gradient(hidden_states) or module.training else self.projections.usable()
+        if merged is None or merged.folded is None:
+            result: Tensor = type(module).forward(module, hidden_states, residual)
+            return result
+        return _read_by(module.down_proj, module.act(merged(hidden_states)), merged) + residual
+
+
+def _read_by(down: Any, inner: Tensor, merged: Merged) -> Tensor:
+    """Return what the next layer makes of channels that may be in the order that it wanted."""
+    result: Tensor
+    if merged.folded is None:
+        result = down(inner)
+    elif _same(down, merged.reader) and down._order is merged.folded and is_plain(down):
+        result = down(inner, in_order=True)
+    else:  # an adapter, or a hook
+        result = down(inner.index_select(-1, torch.argsort(merged.folded)))
+    return result
 
 
 class FusedLayer:

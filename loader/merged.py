@@ -123,13 +123,14 @@ class Merged:
         scales = torch.cat([layer.scales for layer in layers], dim=1)
         zeros, bias = _zeros(layers, dim=1), _bias(layers)
         columns = torch.arange(self.columns, device=words.device)
-        if self.gated:
-            gate, up = columns.chunk(2)
-            reader = self.reader
-            if reader is not None and reader._layout == "gpu" and reader._order is not None:
-                self.folded = reader._order
-                gate, up = (part[self.folded.long()] for part in (gate, up))
-            source = interleave(gate, up)
+        reader = self.reader
+        if reader is not None and reader._layout == "gpu" and reader._order is not None:
+            self.folded = reader._order
+        if self.gated or self.folded is not None:
+            parts = columns.chunk(2) if self.gated else (columns,)
+            if self.folded is not None:
+                parts = tuple(part[self.folded.long()] for part in parts)
+            source = interleave(*parts) if self.gated else parts[0]
             words, scales = take_columns(words, source, bits), scales[:, source]
             zeros = None if zeros is None else zeros[:, source]
             bias = None if bias is None else bias[source]

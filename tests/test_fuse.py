@@ -14,7 +14,7 @@ import ropewalk
 from ropewalk import cpu
 from ropewalk.errors import UsageError
 from ropewalk.loader import fuse as fusing
-from ropewalk.loader.fused import FusedAttention, FusedLayer, FusedMLP
+from ropewalk.loader.fused import FusedAttention, FusedLayer, FusedMLP, FusedMptMLP
 from ropewalk.loader.quant_linear import QuantLinear
 
 FAMILIES = ("airophin", "codellama", "mistral", "mixtral", "qwen2")
@@ -94,6 +94,24 @@ def test_on_the_layout_of_a_gpu_act_order_is_folded_away(folder, layout):
     without = load(folder, "qkv,gate-up,norm")
     assert all(part.projections.merged.folded is None for part in fused_parts(without, FusedMLP))
     assert (logits(without) - logits(plain)).abs().max() < 2e-5
+
+
+def test_mpt(tmp_path, make_checkpoint, layout):
+    """Of MPT the second layer's act-order is folded, where a layout gains by it."""
+    make_checkpoint(tmp_path, "mpt", sym=False)
+    plain, fused = load(tmp_path, "none"), load(tmp_path)
+    parts = fused_parts(fused, FusedMptMLP)
+    assert len(parts) == (fused.config.n_layers if layout == "gpu" else 0)
+    assert all(part.projections.merged.folded is not None for part in parts)
+    assert (logits(fused) - logits(plain)).abs().max() < 2e-5
+    seen = []
+    fused.transformer.blocks[0].ffn.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    plain.transformer.blocks[0].ffn.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert (logits(fused) - logits(plain)).abs().max() < 2e-5
+    assert (seen[0] - seen[1]).abs().max() < 2e-5
+    fused.save_pretrained(tmp_path / "saved")
+    before, after = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
