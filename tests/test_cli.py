@@ -340,7 +340,7 @@ def test_debug_shows_where(capsys):
 
 
 def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
-    monkeypatch.setattr("ropewalk.loader.inspect.inspect", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("ropewalk.loader.inspect.describe", lambda *a, **k: 1 / 0)
     status, out, err = run(capsys, "inspect", "demo")
     assert (status, out) == (1, "")
     assert err == "ropewalk inspect: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"

@@ -159,7 +159,7 @@ def test_a_folder_costs_what_the_decode_benchmark_counts(tmp_path, packing):
     model = packed_model("tiny", parse_packing(packing), tmp_path, torch.device("cpu"), rounded=False)
     sizes = sizes_of_checkpoint(*open_model(model.folder))
     for context in (0, 100):
-        assert sizes.token_bytes(context) == model.token_bytes(context)
+        assert sizes.token_bytes(context) == model.step_bytes(context)
     assert sizes.packing == packing
 
 
