@@ -83,8 +83,9 @@ WORKERS ?= 2
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python tests/fuzz_checkpoints.py --seed $(SEED) --count $(COUNT) --workers $(WORKERS)
 
+# A file stays in one process: importing GPTQModel changes transformers' mixtures for all that come after.
 oracle: $(VENV)-gptqmodel/installed test-autogptq
-	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python $(PYTEST) \
+	ROPEWALK_AUTOGPTQ=$(abspath $(VENV)-autogptq/bin/python) $(VENV)-gptqmodel/bin/python $(PYTEST) --dist loadfile \
 		tests/test_gptqmodel.py tests/test_formats.py tests/test_gptqmodel_patch.py
 
 test-autogptq: $(VENV)-autogptq/installed

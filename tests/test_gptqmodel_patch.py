@@ -130,7 +130,7 @@ def test_the_model_that_ships_is_as_ropewalk_loads_it(dtype, patched, caplog):
         loaded = load(FOLDER, dtype=dtype)
     assert re.search("rope: partial-ntk .*airophin-13b-pntk-16k", caplog.text)
     dtype = torch.bfloat16 if dtype == "auto" else dtype
-    model, tokenizer = ropewalk.load(FOLDER, dtype=dtype)
+    model, tokenizer = ropewalk.load(FOLDER, dtype=dtype, fuse="none")
     assert loaded.model.dtype == dtype
     rotary = loaded.model.model.rotary_emb
     assert isinstance(rotary, RopewalkRotaryEmbedding)
@@ -202,7 +202,7 @@ def test_shards_and_layers_with_settings_of_their_own(patched, make, tmp_path):
     loaded = load(folder, dtype=torch.bfloat16)
     assert classes_of(loaded) == {"RopewalkLinear"}
     assert {m.bits for n, m in loaded.model.named_modules() if hasattr(m, "qweight") and "layers.1.mlp" in n} == {8}
-    model, _ = ropewalk.load(folder, dtype=torch.bfloat16)
+    model, _ = ropewalk.load(folder, dtype=torch.bfloat16, fuse="none")
     with torch.inference_mode():
         assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
 
