@@ -18,6 +18,7 @@ from ropewalk.bench.peers.ours import OURS
 from ropewalk.bench.report import Report, Row, computes, duration, verdict
 from ropewalk.bench.timing import Timing
 from ropewalk.loader.experts import PackedExperts
+from ropewalk.loader.fuse import is_fused
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.terminal import size, table
 
@@ -130,8 +131,11 @@ def decode_row(report: Report, model: PackedModel, peer: DecodePeer, one: Timed,
         "filled_by": one.filled_by if case.filled else None,
         "note": one.decoder.note,
     }
-    if peer.name.startswith(OURS) and isinstance(one.decoder, TransformersDecoder) and not one.decoder.compiled:
-        row["time_in"] = time_in(one.decoder, one.prompt, min(case.tokens, 16), case.filled)
+    decoder = one.decoder
+    if peer.name.startswith(OURS) and isinstance(decoder, TransformersDecoder) and not decoder.compiled:
+        # A fused layer that is watched is not fused, so that looking at its parts would change them.
+        if not is_fused(decoder.model):
+            row["time_in"] = time_in(decoder, one.prompt, min(case.tokens, 16), case.filled)
     return row
 
 

@@ -30,6 +30,7 @@ from ropewalk.loader.quant_linear import QuantLinear
 log = logging.getLogger("ropewalk")
 
 FUSIONS = ("qkv", "gate-up", "norm", "act-order", "attention")
+_FORWARDS = (FusedAttention, FusedMLP, FusedMptMLP, FusedLayer)
 FAMILIES = ("Llama", "Mistral", "Mixtral", "Qwen2")
 _GROUPS = (
     ("qkv", "self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -98,10 +99,15 @@ def fuse(model: Any, fusions: frozenset[str], apart: Mapping[str, Any] | None = 
     return count
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Return whether a module of a model has a forward of ours."""
+    return any(isinstance(vars(module).get("forward"), _FORWARDS) for module in model.modules())
+
+
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), (FusedAttention, FusedMLP, FusedMptMLP, FusedLayer)):
+        if isinstance(vars(module).get("forward"), _FORWARDS):
             del module.forward
         if type(module) is QuantLinear and module._merged is not None:
             module._merged.forget()
