@@ -131,11 +131,11 @@ def decode_row(report: Report, model: PackedModel, peer: DecodePeer, one: Timed,
         "filled_by": one.filled_by if case.filled else None,
         "note": one.decoder.note,
     }
-    decoder = one.decoder
-    if peer.name.startswith(OURS) and isinstance(decoder, TransformersDecoder) and not decoder.compiled:
-        # A fused layer that is watched is not fused, so that looking at its parts would change them.
-        if not is_fused(decoder.model):
-            row["time_in"] = time_in(decoder, one.prompt, min(case.tokens, 16), case.filled)
+    decoder: Any = one.decoder
+    ours = peer.name.startswith(OURS) and isinstance(decoder, TransformersDecoder) and not decoder.compiled
+    # A fused layer that is watched is not fused, so that looking at its parts would change them.
+    if ours and not is_fused(decoder.model):
+        row["time_in"] = time_in(decoder, one.prompt, min(case.tokens, 16), case.filled)
     return row
 
 

@@ -30,6 +30,7 @@ ROW = {
     *("kernel", "device", "model", "bits", "group_size", "desc_act", "sym", "dtype", "prompt_tokens", "tokens"),
     *("seconds_per_token", "tokens_per_s", "prefill_tokens_per_s", "share_of_limit", "max_error", "ratio_to"),
 }
+UNFUSED = "ropewalk-unfused"
 FAMILIES = ("tiny", "tiny-mpt", "tiny-mixtral")
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 
@@ -48,7 +49,7 @@ def timed(root, peers, packing=FULL):
 def test_decode(capsys, root, tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     arguments = ["bench", "decode", "--device", "cpu", "--shapes", "tiny", "--tokens", 4, "--context", 6]
-    arguments += ["--pack", "4b-g32-act", "3b-g128-asym", "--seconds", 0.01, "--peers", "torch-bf16"]
+    arguments += ["--pack", "4b-g32-act", "3b-g128-asym", "--seconds", 0.01, "--peers", "torch-bf16", UNFUSED]
     status = main([str(a) for a in [*arguments, "--models", root, "--out", out, "--plot", plot]])
     text = capsys.readouterr().out
     assert status == 0
