@@ -46,7 +46,7 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
-        _give_back()
+        _trim_heap()
         return reset_peak()["resident"]
 
     def peak(self) -> int:
@@ -56,7 +56,7 @@ class Meter:
         return memory()["peak"]
 
 
-def _give_back() -> None:
+def _trim_heap() -> None:
     """Have the C library return what was freed: what is loaded next would fill it, and seem to need less."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

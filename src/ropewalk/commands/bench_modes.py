@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from ropewalk.commands.options import load, read_text, rope_of
+from ropewalk.commands.options import load, read_text, rope_of, write_out
 from ropewalk.terminal import Output
 
 
@@ -49,7 +47,4 @@ def bench_modes_command(args: argparse.Namespace, out: Output) -> None:
     out.say(modes_table(rows))
     result = {"machine": machine(model.device), "model": args.model, "rope": rope_of(model), "tokens": len(ids)}
     result["results"] = rows
-    out.result(result)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-        out.note(f"results: {args.out}")
+    write_out(args, out, result)
