@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ropewalk.bench.plots import colour_of, names_of, panels_of
 from ropewalk.bench.report import Row
@@ -81,10 +82,7 @@ def plot_over(rows: Sequence[Row], path: str, key: str, *, title: str, ours: str
         speed.set_title(name, fontsize=9, loc="left")
     labels = sorted(handles, key=lambda label: label.startswith(("what", "its")))
     figure.legend([handles[label] for label in labels], labels, loc="outside right upper", fontsize=8, frameon=False)
-    more = len(panels) - len(shown)
-    figure.suptitle(title + (f" ({more} more not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path, title, len(panels) - len(shown))
 
 
 def plot_programs(rows: Sequence[Row], path: str, *, title: str, ours: str, most: int = 6) -> None:
@@ -133,10 +131,7 @@ def plot_programs(rows: Sequence[Row], path: str, *, title: str, ours: str, most
         axis.set_xlabel("tokens a second", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    more = len(panels) - len(shown)
-    figure.suptitle(title + (f" ({more} more not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path, title, len(panels) - len(shown))
 
 
 def plot_load(rows: Sequence[Row], path: str, *, title: str, ours: str, most: int = 6) -> None:
@@ -178,7 +173,13 @@ def plot_load(rows: Sequence[Row], path: str, *, title: str, ours: str, most: in
         times.set_title(name, fontsize=9, loc="left")
         times.set_xlabel("seconds to load, after imports", fontsize=8)
         memory.set_xlabel("peak of resident memory above imports, GB; dotted: the packed files", fontsize=8)
-    more = len(panels) - len(shown)
-    figure.suptitle(title + (f" ({more} more not shown)" if more else ""), fontsize=10, x=0.01, ha="left")
+    _save(figure, path, title, len(panels) - len(shown))
+
+
+def _save(figure: Any, path: str, title: str, left_out: int) -> None:
+    """Write a figure whose title says how many panels are not in it, and let go of it."""
+    from ropewalk.plot import load_pyplot
+
+    figure.suptitle(title + (f" ({left_out} more not shown)" if left_out else ""), fontsize=10, x=0.01, ha="left")
     figure.savefig(path)
-    pyplot.close(figure)
+    load_pyplot().close(figure)
