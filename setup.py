@@ -127,5 +127,8 @@ setup(
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ropewalk = ropewalk.cli:main"]},
+    entry_points={
+        "console_scripts": ["ropewalk = ropewalk.cli:main"],
+        "vllm.general_plugins": ["ropewalk = ropewalk.patches.vllm:register"],
+    },
 )
