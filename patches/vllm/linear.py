@@ -9,7 +9,7 @@ the others are, which vLLM's own sum over the ranks then fills. Memory is the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -146,7 +147,8 @@ class RopewalkLinearMethod(LinearMethodBase):
             self._check(rows, columns)
         shapes = expected_tensors(rows, sum(output_partition_sizes), packing.bits, packing.group_size)
         words = Fraction(32, packing.bits)
-        loader = {"weight_loader": extra_weight_attrs["weight_loader"]}
+        is_head = isinstance(layer, ParallelLMHead)
+        loader = {"weight_loader": _load_head(layer) if is_head else extra_weight_attrs["weight_loader"]}
         packed, scales = (PackedvLLMParameter, GroupQuantScaleParameter) if by_rows else (PackedColumns, Columns)
         if by_rows and is_split and packing.group_size == -1:
             # One group: each rank has its scales. What is packed along its columns is whole then, too.
@@ -232,6 +234,24 @@ class RopewalkLinearMethod(LinearMethodBase):
         else:
             y = layer.ropewalk(x)
         return y if bias is None else y + bias
+
+
+def _load_head(layer: Any) -> Callable[[Any, Tensor], None]:
+    """Return what loads a packed output embedding: this rank's words of the vocabulary, and nothing for those that
+    vLLM adds to make the number of them even.
+    """
+
+    def load(param: Any, loaded_weight: Tensor) -> None:
+        if isinstance(param, GroupIndex):
+            return param.load_column_parallel_weight(loaded_weight)
+        each = param.packed_factor if getattr(param, "packed_dim", None) == param.output_dim else 1
+        indices = layer.shard_indices
+        first, last = (int(i / each) for i in (indices.org_vocab_start_index, indices.org_vocab_end_index))
+        param.data.zero_()
+        param.data[:, : last - first].copy_(loaded_weight[:, first:last])
+        return None
+
+    return load
 
 
 class _WholeZeros(PackedvLLMParameter):
