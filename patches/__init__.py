@@ -16,7 +16,7 @@ from ropewalk.errors import UsageError
 log = logging.getLogger("ropewalk")
 
 # Each is a module here.
-FRONT_ENDS = ("transformers", "peft", "webui", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama")
+FRONT_ENDS = ("transformers", "peft", "webui", "fastchat", "auto_gptq", "gptqmodel", "gptq_for_llama", "vllm")
 
 
 def patch(*front_ends: str) -> None:

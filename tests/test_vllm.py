@@ -6,7 +6,6 @@ Engines run in this process, one after the other. What takes several processes i
 import contextlib
 import gc
 import json
-import os
 
 import pytest
 import torch
@@ -119,7 +118,9 @@ def test_a_packed_output_embedding(tmp_path, make_checkpoint, reference_model):
     weights = make_checkpoint(tmp_path, "codellama")
     tensors = load_file(tmp_path / "model.safetensors")
     packed = quantize_rtn(tensors.pop("lm_head.weight"), bits=4, group_size=32, sym=False)
-    save_file({**tensors, **{f"lm_head.{part}": t.contiguous() for part, t in packed.items()}}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, **{f"lm_head.{part}": t.contiguous() for part, t in packed.items()}}, tmp_path / "model.safetensors"
+    )
     settings = json.loads((tmp_path / "quantize_config.json").read_text())
     (tmp_path / "quantize_config.json").write_text(json.dumps({**settings, "lm_head": True}))
     from ropewalk.gptq.format import dequantize, zeros_v1_to_v2
@@ -169,3 +170,118 @@ def test_a_float_model_with_an_unnamed_rope(tmp_path, make_plain, reference_mode
     with engine(tmp_path) as llm:
         assert llm.model_config.quantization is None
         check(llm, reference_model(tmp_path, weights, PARTIAL), 5, 110)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_an_adapter(compiled, tmp_path, make_checkpoint, reference_model):
+    peft = pytest.importorskip("peft")
+    from vllm.lora.request import LoRARequest
+
+    weights = make_checkpoint(tmp_path, "airophin")
+    model = peft.get_peft_model(
+        reference_model(tmp_path, weights, PARTIAL),
+        peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with engine(tmp_path, enforce_eager=not compiled, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+        check(llm, model, 5, 100, lora_request=LoRARequest("adapter", 1, str(tmp_path / "adapter")))
+        with model.disable_adapter():
+            check(llm, model, 5, 100)
+
+
+def test_methods_by_name(tmp_path, make_checkpoint, reference_model):
+    weights = make_checkpoint(tmp_path, "codellama")
+    with engine(tmp_path, quantization="ropewalk") as llm:
+        check(llm, reference_model(tmp_path, weights), 5)
+    with pytest.raises(Exception, match="desc_act"):  # what vLLM's own method says
+        engine(tmp_path, quantization="gptq").__enter__()
+
+
+def test_rows_that_were_moved_whatever_the_config_says(tmp_path, make_checkpoint, reference_model):
+    weights = make_checkpoint(tmp_path, "codellama", desc_act=True)
+    settings = json.loads((tmp_path / "quantize_config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps({**settings, "desc_act": False}))
+    with engine(tmp_path) as llm:
+        check(llm, reference_model(tmp_path, weights), 5)
+
+
+@pytest.mark.parametrize("fault", ["scales", "half of gate and up", "another method", "a .pt file"])
+def test_what_cannot_be_loaded_is_named(fault, tmp_path, make_checkpoint):
+    make_checkpoint(tmp_path, "codellama")
+    file, said = tmp_path / "model.safetensors", tmp_path / "quantize_config.json"
+    tensors, settings = load_file(file), json.loads(said.read_text())
+    layer = "model.layers.1.mlp.gate_proj"
+    if fault == "scales":
+        tensors[f"{layer}.scales"][0, 0] = float("nan")
+        expected = f"{layer}.scales.*NaN"
+    elif fault == "half of gate and up":
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{layer}.{part}"]
+        tensors[f"{layer}.weight"] = torch.zeros(96, 64, dtype=torch.float16)
+        expected = "gate_up_proj.*packed alike.*gate_proj: not packed"
+    elif fault == "another method":
+        settings["bits"] = 5
+        expected = "bits.*5"
+    else:
+        torch.save(tensors, tmp_path / "model.pt")
+        file.unlink()
+        expected = "ropewalk convert"
+    if fault != "a .pt file":
+        save_file(tensors, file)
+    said.write_text(json.dumps(settings))
+    with pytest.raises(Exception, match=f"(?s){expected}"), engine(tmp_path, quantization="ropewalk"):
+        pass
+
+
+@pytest.fixture
+def patched():
+    """Return the module of the patch, applied; it is so again at the end."""
+    from ropewalk.patches import vllm as patch
+
+    patch.apply()
+    yield patch
+    patch.revert()
+    patch.apply()
+
+
+def test_apply_and_revert(patched, tmp_path, make_checkpoint):
+    import vllm.config.model as model_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    ours = model_config.get_config, model_config._get_and_verify_max_len, rotary_embedding.get_rope
+    patched.register()
+    assert ours == (model_config.get_config, model_config._get_and_verify_max_len, rotary_embedding.get_rope)
+    assert patched.status()["applied"]
+    patched.revert()
+    theirs = model_config.get_config, model_config._get_and_verify_max_len, rotary_embedding.get_rope
+    assert all(a is not b for a, b in zip(ours, theirs, strict=True))
+    assert not patched.status()["applied"]
+    make_checkpoint(tmp_path, "codellama", config_in="config.json")
+    with pytest.raises(Exception, match="desc_act"):
+        engine(tmp_path).__enter__()
+
+
+def test_a_vllm_that_has_changed_starts_without_it(patched, monkeypatch, caplog):
+    from vllm.model_executor.layers import rotary_embedding
+
+    patched.revert()
+    with monkeypatch.context() as changed:
+        changed.setattr(rotary_embedding, "get_rope", lambda config, device: None)
+        caplog.clear()
+        patched.register()
+        assert not patched.status()["applied"]
+        assert rotary_embedding.get_rope.__name__ == "<lambda>"
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "ropewalk"]
+    assert "vLLM 0.32.0" in said and "get_rope" in said and "\n" not in said
+
+
+def test_a_vllm_without_its_modules_starts_without_it(patched, monkeypatch, caplog):
+    import sys
+
+    patched.revert()
+    with monkeypatch.context() as changed:
+        changed.setitem(sys.modules, "vllm.model_executor.layers.rotary_embedding", None)
+        caplog.clear()
+        patched.register()
+        assert not patched.status()["applied"]
+    assert "rotary_embedding" in caplog.text

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,9 @@ def generate(folder, tmp_path, asked, **options):
     """Return the greedy tokens of an engine in processes of its own, each with the logarithm of its probability."""
     options = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "skip_tokenizer_init": True, **options}
     (tmp_path / "engine.py").write_text(ENGINE)
-    (tmp_path / "asked.json").write_text(json.dumps([str(folder), options, asked, TOKENS, str(tmp_path / "found.json")]))
+    (tmp_path / "asked.json").write_text(
+        json.dumps([str(folder), options, asked, TOKENS, str(tmp_path / "found.json")])
+    )
     done = subprocess.run(
         [sys.executable, tmp_path / "engine.py", tmp_path / "asked.json"],
         env=environment(tmp_path),
@@ -114,7 +117,7 @@ class Server:
 
     def __init__(self, folder, tmp_path, *arguments, nodes=1, **more):
         self.port = free_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *arguments]
+        command = [Path(sys.executable).parent / "vllm", "serve", str(folder), *arguments]
         several = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         self.started, self.logs = [], []
         for rank in range(nodes):

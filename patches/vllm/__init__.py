@@ -24,7 +24,7 @@ _replaced = Replacements()
 
 
 def register() -> None:
-    """Apply the patch for vLLM, which calls this; where that cannot be done, say so in one line and leave vLLM as it is."""
+    """Apply the patch, when vLLM calls this; where that cannot be done, say so in one line and leave vLLM as it is."""
     try:
         apply()
     except Exception as error:  # whatever has moved inside vLLM, it must start

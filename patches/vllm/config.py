@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ropewalk.errors import FormatError, PatchError, QuantizeConfigError, RopewalkError
+from ropewalk.gptq.format import is_sequential
 from ropewalk.loader.checkpoint import open_checkpoint
-from ropewalk.loader.dynamic import match_rules
+from ropewalk.loader.dynamic import Rule, match_rules
 from ropewalk.loader.quantize_config import FILES, QuantizeConfig, for_layer, parse_quantize_config
 
 # What `quantization` may be for a GPTQ checkpoint to be ours.
@@ -28,14 +29,16 @@ class Packing:
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: rows that share a scale, -1 for all.
-        desc_act: whether the rows of a group may lie anywhere.
+        desc_act: whether the rows of a group lie anywhere, as far as that is known.
         checkpoint_format: "gptq" (v1) or "gptq_v2".
+        scales: dtype of the scales on disk.
     """
 
     bits: int
     group_size: int
     desc_act: bool
     checkpoint_format: str
+    scales: torch.dtype = torch.float16
 
     @classmethod
     def of(cls, settings: QuantizeConfig) -> Packing:
@@ -136,7 +139,14 @@ class RopewalkConfig(QuantizationConfig):
             raise QuantizeConfigError(
                 model_name, f"safetensors of GPTQ layers (`ropewalk convert {model_name} OUT` writes them)", found
             )
-        self.layers = {name: Packing.of(layer.settings) for name, layer in checkpoint.layers.items()}
+        self.layers = {}
+        with checkpoint.reader() as reader:
+            for name, layer in checkpoint.layers.items():
+                packing = replace(Packing.of(layer.settings), scales=layer.entries["scales"].dtype)
+                if layer.has_g_idx:  # it knows better than the config whether rows were moved
+                    g_idx = reader.read(layer.entries["g_idx"].name)
+                    packing = replace(packing, desc_act=not is_sequential(g_idx, packing.group_size))
+                self.layers[name] = packing
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Return the method of a layer, or None for what is no linear layer.
@@ -177,20 +187,19 @@ class RopewalkConfig(QuantizationConfig):
             found = [self.layers.get(name) for name in names]
         else:
             rules = match_rules(self.settings.dynamic, names, self.settings.source)
-            found = [
-                None if name in rules and rules[name].excludes
-                else Packing.of(for_layer(self.settings, rules[name]) if name in rules else self.settings)
-                for name in names
-            ]  # fmt: skip
-        kinds = {each and (each.bits, each.group_size, each.checkpoint_format) for each in found}
+            found = [self._by_rule(rules.get(name)) for name in names]
+        kinds = {each and replace(each, desc_act=False) for each in found}
         if len(kinds) > 1:
             listed = ", ".join(f"{name}: {_words(each)}" for name, each in zip(names, found, strict=True))
             raise FormatError(prefix, "layers that vLLM takes as one packed alike", listed[:400])
         first = found[0]
-        if first is None:
-            return None
         desc_act = any(each is not None and each.desc_act for each in found)
-        return Packing(first.bits, first.group_size, desc_act, first.checkpoint_format)
+        return None if first is None else replace(first, desc_act=desc_act)
+
+    def _by_rule(self, rule: Rule | None) -> Packing | None:
+        if rule is None:
+            return Packing.of(self.settings)
+        return None if rule.excludes else Packing.of(for_layer(self.settings, rule))
 
 
 def _words(packing: Packing | None) -> str:

@@ -20,7 +20,8 @@ from ropewalk.gptq.format import expected_tensors, pack, sequential_g_idx, unpac
 from ropewalk.gptq.layout import row_order
 from ropewalk.loader.experts import PackedExperts
 from ropewalk.patches.vllm.config import Packing
-from ropewalk.patches.vllm.linear import PARTS, packed_layer
+from ropewalk.patches.vllm.linear import packed_layer
+from ropewalk.patches.vllm.parameters import PARTS
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[], nn.Module]] = {
     MoEActivation.SILU: nn.SiLU,
@@ -84,10 +85,10 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
                 raise FormatError(name, error.expected, error.found) from None
             for part in PARTS:
                 shape, dtype = shapes[part]
-                data = torch.empty((num_experts, count, *shape), dtype=dtype)
+                data = torch.empty((num_experts, count, *shape), dtype=packing.scales if part == "scales" else dtype)
                 if part == "g_idx":
                     data.copy_(sequential_g_idx(rows, packing.group_size))
-                parameter = nn.Parameter(data, requires_grad=False)
+                parameter: Any = nn.Parameter(data, requires_grad=False)
                 parameter.weight_loader = self._loader(layer, part)
                 layer.register_parameter(f"{stem}_{part}", parameter)
 
@@ -142,7 +143,9 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         if part == "g_idx":
             return tensor
         if order is None:
-            first, last = (start, start + inner) if part != "qzeros" else (start * bits // 32, (start + inner) * bits // 32)
+            first, last = (
+                (start, start + inner) if part != "qzeros" else (start * bits // 32, (start + inner) * bits // 32)
+            )
             return tensor[:, first:last]
         columns = order[start : start + inner].long()
         if part == "qzeros":

@@ -9,8 +9,8 @@ the others are, which vLLM's own sum over the ranks then fills. Memory is the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,59 +21,57 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.parameter import (
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    PackedvLLMParameter,
-    PerTensorScaleParameter,
-)
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ropewalk.errors import FormatError
-from ropewalk.gptq.format import check_values, expected_tensors, group_count, is_sequential, sequential_g_idx
+from ropewalk.gptq.format import check_values, expected_tensors, is_sequential
 from ropewalk.loader.merged import Merged
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.patches.vllm.config import Packing
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-class PackedColumns(PackedvLLMParameter):
-    """Packed words of a row-parallel layer of which a rank keeps columns, not rows."""
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Take this rank's columns."""
-        self.load_column_parallel_weight(loaded_weight)
+from ropewalk.patches.vllm.parameters import PARTS, head_loader, make_parameters
 
 
-class Columns(GroupQuantScaleParameter):
-    """Scales of a row-parallel layer of which a rank keeps columns, not rows."""
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a layer.
 
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Take this rank's columns."""
-        self.load_column_parallel_weight(loaded_weight)
-
-
-class GroupIndex(PerTensorScaleParameter):
-    """g_idx of each of the layers that vLLM takes as one: int32 [layers, K].
-
-    vLLM's loaders take it for one number for each layer, and bring it whole.
+    Attributes:
+        rows: K.
+        sizes: N, of each of the layers that vLLM takes as one.
+        is_split_by_rows: whether other ranks have other rows.
+        around: of a row-parallel layer whose columns are split, how many columns are to the left and to the right of
+            these; else None.
     """
 
-    by_rows = False  # whether a rank of a row-parallel layer keeps rows
+    rows: int
+    sizes: tuple[int, ...]
+    is_split_by_rows: bool = False
+    around: tuple[int, int] | None = None
 
-    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Take all of it."""
-        self.data[0].copy_(loaded_weight)
+    @classmethod
+    def of(cls, packing: Packing, rows: int, sizes: Sequence[int], all_rows: int, rank: int, prefix: str = "") -> Share:
+        """Return the share of a rank that vLLM would give `rows` of `all_rows` rows, and columns of `sizes`.
 
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Take what belongs to this rank's rows."""
-        rows = self.data.shape[1]
-        start = self.tp_rank * rows if self.by_rows else 0
-        self.data[0].copy_(loaded_weight[start : start + rows])
-
-    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
-        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
+        Raises:
+            FormatError: one that does not fill whole words.
+        """
+        share = cls(rows, tuple(sizes))
+        if rows != all_rows:
+            whole = packing.group_size == -1 or rows % packing.group_size == 0
+            if whole and not packing.desc_act and rows * packing.bits % 32 == 0:
+                share = cls(rows, tuple(sizes), is_split_by_rows=True)
+            else:
+                columns, ranks = sum(sizes), all_rows // rows
+                if columns % ranks:
+                    raise FormatError(prefix, f"output features that {ranks} ranks can share", columns)
+                own = columns // ranks
+                share = cls(all_rows, (own,), around=(rank * own, (ranks - rank - 1) * own))
+        for size in share.sizes:
+            try:
+                expected_tensors(share.rows, size, packing.bits, packing.group_size)
+            except FormatError as error:
+                raise FormatError(f"{prefix} of one rank: {error.tensor}", error.expected, error.found) from None
+        return share
 
 
 class PackedWeight(nn.Module):
@@ -81,16 +79,15 @@ class PackedWeight(nn.Module):
 
     Args:
         layers: ready, in the order of their columns.
-        start, columns: where these columns lie among so many, for a row-parallel layer that keeps columns.
+        around: as in `Share`.
     """
 
-    def __init__(self, layers: Sequence[QuantLinear], start: int = 0, columns: int = 0):
+    def __init__(self, layers: Sequence[QuantLinear], around: tuple[int, int] | None = None):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.columns = columns or sum(layer.outfeatures for layer in layers)
+        self.columns = sum(layer.outfeatures for layer in layers) + sum(around or ())
         self._merged = Merged(layers) if len(layers) > 1 else None
-        own = sum(layer.outfeatures for layer in layers)
-        self._around = (start, columns - start - own) if columns else None
+        self._around = around
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the products side by side, [tokens, columns], for x [tokens, K], or what of K the rank has."""
@@ -119,7 +116,7 @@ class RopewalkLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -130,65 +127,17 @@ class RopewalkLinearMethod(LinearMethodBase):
         """Make the parameters that vLLM reads the checkpoint into.
 
         Raises:
-            FormatError: a share of a rank that does not fill whole words.
+            FormatError: a share of this rank that does not fill whole words.
         """
-        packing, rows = self.packing, input_size_per_partition
-        is_split = rows != input_size
-        by_rows = not is_split or self._splits_by_rows(rows)
-        self._around: tuple[int, int] | None = None  # where a rank's columns begin, and how many all have
-        if not by_rows:
-            ranks, columns = input_size // rows, sum(output_partition_sizes)
-            if columns % ranks:
-                raise FormatError(self.prefix, f"output features that {ranks} ranks can share", columns)
-            output_partition_sizes, rows = [columns // ranks], input_size
-            self._around = layer.tp_rank * output_partition_sizes[0], columns
-        self._sizes, self._rows = tuple(output_partition_sizes), rows
-        for columns in output_partition_sizes:
-            self._check(rows, columns)
-        shapes = expected_tensors(rows, sum(output_partition_sizes), packing.bits, packing.group_size)
-        words = Fraction(32, packing.bits)
-        is_head = isinstance(layer, ParallelLMHead)
-        loader = {"weight_loader": _load_head(layer) if is_head else extra_weight_attrs["weight_loader"]}
-        packed, scales = (PackedvLLMParameter, GroupQuantScaleParameter) if by_rows else (PackedColumns, Columns)
-        if by_rows and is_split and packing.group_size == -1:
-            # One group: each rank has its scales. What is packed along its columns is whole then, too.
-            scales, of_zeros = ChannelQuantScaleParameter, _WholeZeros
-        else:
-            of_zeros = packed
-
-        def empty(name: str) -> Tensor:
-            shape, dtype = shapes[name]
-            return torch.empty(shape, dtype=dtype)
-
-        dims = {"output_dim": 1, **loader}
-        both = {"input_dim": 0, **dims}
-        of_scales = dims if scales is ChannelQuantScaleParameter else both
-        parameters = {
-            "qweight": packed(data=empty("qweight"), packed_dim=0, packed_factor=words, **both),
-            "qzeros": of_zeros(data=empty("qzeros"), packed_dim=1, packed_factor=words, **both),
-            "scales": scales(data=empty("scales"), **of_scales),
-        }
-        sequential = sequential_g_idx(rows, packing.group_size)
-        g_idx = GroupIndex(data=sequential.repeat(len(output_partition_sizes), 1), **loader)
-        g_idx.by_rows = by_rows
-        for name, parameter in (*parameters.items(), ("g_idx", g_idx)):
+        rows, sizes, rank = input_size_per_partition, output_partition_sizes, getattr(layer, "tp_rank", 0)
+        self.share = Share.of(self.packing, rows, sizes, input_size, rank, self.prefix)
+        keeps = "rows" if self.share.around is None else "columns"
+        loader = head_loader(layer) if isinstance(layer, ParallelLMHead) else extra_weight_attrs["weight_loader"]
+        for name, parameter in make_parameters(self.packing, self.share.rows, self.share.sizes, keeps, loader).items():
             layer.register_parameter(name, parameter)
-        forward = get_current_vllm_config().compilation_config.static_forward_context
-        forward[_key(self.prefix)] = layer
+        get_current_vllm_config().compilation_config.static_forward_context[_key(self.prefix)] = layer
 
-    def _splits_by_rows(self, rows: int) -> bool:
-        """Return whether so many rows of a rank are whole groups and whole words."""
-        packing = self.packing
-        groups = packing.group_size == -1 or rows % packing.group_size == 0
-        return not packing.desc_act and groups and rows * packing.bits % 32 == 0
-
-    def _check(self, rows: int, columns: int) -> None:
-        try:
-            expected_tensors(rows, columns, self.packing.bits, self.packing.group_size)
-        except FormatError as error:
-            raise FormatError(f"{self.prefix} of one rank: {error.tensor}", error.expected, error.found) from None
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what was read into our layers, and let go of it.
 
         Raises:
@@ -197,36 +146,35 @@ class RopewalkLinearMethod(LinearMethodBase):
         if hasattr(layer, "ropewalk"):
             return
         tensors = {name: getattr(layer, name).data for name in PARTS}
-        device = tensors["qweight"].device
-        made, start = [], 0
-        for i, columns in enumerate(self._sizes):
-            words = columns * self.packing.bits // 32
-            first = start * self.packing.bits // 32
+        bits, device = self.packing.bits, tensors["qweight"].device
+        layers, start = [], 0
+        for size, g_idx in zip(self.share.sizes, tensors["g_idx"], strict=True):
+            end = start + size
             parts = {
-                "qweight": tensors["qweight"][:, start : start + columns].contiguous(),
-                "scales": tensors["scales"][:, start : start + columns].contiguous(),
-                "qzeros": tensors["qzeros"][:, first : first + words].contiguous(),
-                "g_idx": self._g_idx(tensors["g_idx"][i]),
+                "qweight": tensors["qweight"][:, start:end].contiguous(),
+                "scales": tensors["scales"][:, start:end].contiguous(),
+                "qzeros": tensors["qzeros"][:, start * bits // 32 : end * bits // 32].contiguous(),
+                "g_idx": self._from_0(g_idx).contiguous(),
             }
-            made.append(packed_layer(self.packing, self._rows, parts, device, self.prefix))
-            start += columns
+            layers.append(packed_layer(self.packing, self.share.rows, parts, device, self.prefix))
+            start = end
         for name in PARTS:
             delattr(layer, name)
         # vLLM's LoRA looks here for the device.
         layer.register_parameter("qweight", nn.Parameter(torch.empty(0, device=device), requires_grad=False))
-        around = getattr(self, "_around", None)
-        layer.ropewalk = PackedWeight(made, *(around or ()))
+        layer.ropewalk = PackedWeight(layers, self.share.around)
 
-    def _g_idx(self, g_idx: Tensor) -> Tensor:
+    def _from_0(self, g_idx: Tensor) -> Tensor:
         """Return a rank's g_idx with its groups counted from 0."""
-        if self._around is None and not self.packing.desc_act and len(g_idx):
-            g_idx = g_idx - g_idx[0]
-            if not is_sequential(g_idx, self.packing.group_size):
-                expected = "groups one after the other, as desc_act false says"
-                raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
-        return g_idx.contiguous()
+        if not self.share.is_split_by_rows:
+            return g_idx
+        g_idx = g_idx - g_idx[0]
+        if not is_sequential(g_idx, self.packing.group_size):
+            expected = "groups one after the other (desc_act is false), or desc_act true in the config"
+            raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
+        return g_idx
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ W + bias, [..., N], for x [..., K]."""
         if torch.compiler.is_compiling():
             # By name: what a graph is, is the same then for all checkpoints of a config, and vLLM keeps graphs.
@@ -236,33 +184,8 @@ class RopewalkLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def _load_head(layer: Any) -> Callable[[Any, Tensor], None]:
-    """Return what loads a packed output embedding: this rank's words of the vocabulary, and nothing for those that
-    vLLM adds to make the number of them even.
-    """
-
-    def load(param: Any, loaded_weight: Tensor) -> None:
-        if isinstance(param, GroupIndex):
-            return param.load_column_parallel_weight(loaded_weight)
-        each = param.packed_factor if getattr(param, "packed_dim", None) == param.output_dim else 1
-        indices = layer.shard_indices
-        first, last = (int(i / each) for i in (indices.org_vocab_start_index, indices.org_vocab_end_index))
-        param.data.zero_()
-        param.data[:, : last - first].copy_(loaded_weight[:, first:last])
-        return None
-
-    return load
-
-
-class _WholeZeros(PackedvLLMParameter):
-    """Zero points of the one group that all ranks of a row-parallel layer have."""
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        self._assert_and_load(loaded_weight)
-
-
 def packed_layer(
-    packing: Packing, rows: int, parts: dict[str, Tensor], device: torch.device, prefix: str
+    packing: Packing, rows: int, parts: Mapping[str, Tensor], device: torch.device, prefix: str
 ) -> QuantLinear:
     """Return a layer that is filled with the tensors of a checkpoint, of which nothing is kept.
 
@@ -272,11 +195,12 @@ def packed_layer(
     check_values(parts, prefix=f"{prefix}.")
     columns = parts["scales"].shape[1]
     layer = QuantLinear(
-        packing.bits, packing.group_size, rows, columns, False, checkpoint_format=packing.checkpoint_format, device="meta"
+        *(packing.bits, packing.group_size, rows, columns, False),
+        checkpoint_format=packing.checkpoint_format,
+        device="meta",
     )
-    assert parts["scales"].shape[0] == group_count(rows, packing.group_size)
     layer.fill(parts, device)
-    return layer.requires_grad_(False)
+    return layer
 
 
 def _key(prefix: str) -> str:
@@ -284,8 +208,7 @@ def _key(prefix: str) -> str:
 
 
 def _linear(x: Tensor, name: str, columns: int) -> Tensor:
-    layer = get_forward_context().no_compile_layers[name]
-    y: Tensor = layer.ropewalk(x)
+    y: Tensor = get_forward_context().no_compile_layers[name].ropewalk(x)
     return y
 
 

@@ -87,6 +87,7 @@ def with_longest(longest: Callable[..., int]) -> Callable[..., int]:
     def wrapped(hf_config: Any, *args: Any, **kwargs: Any) -> int:
         parameters = getattr(hf_config, "rope_parameters", None)
         if is_ours(parameters):
+            assert isinstance(parameters, dict)
             scaled = context_length(hf_config) / hf_config.max_position_embeddings
             hf_config = copy.copy(hf_config)
             hf_config.rope_parameters = {**parameters, "factor": scaled}

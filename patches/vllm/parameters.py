@@ -1,0 +1,117 @@
+"""The parameters that vLLM reads a packed linear layer into: which part of each tensor a rank keeps.
+
+vLLM's loaders call a method of the parameter for each kind of layer; what is told here is what differs from its own
+classes. A rank of a row-parallel layer keeps the rows of its inputs ("rows"), some columns with all their rows
+("columns", see linear.py), or the whole tensor ("all").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter, PerTensorScaleParameter
+
+from ropewalk.gptq.format import expected_tensors, sequential_g_idx
+from ropewalk.patches.vllm.config import Packing
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class _Kept:
+    """What a rank of a row-parallel layer keeps."""
+
+    keeps = "rows"
+
+    def load_row_parallel_weight(self: Any, loaded_weight: Tensor) -> None:
+        """Take this rank's part."""
+        if self.keeps == "columns":
+            self.load_column_parallel_weight(loaded_weight)
+        elif self.keeps == "all":
+            self._assert_and_load(loaded_weight)
+        else:
+            super().load_row_parallel_weight(loaded_weight)  # type: ignore[misc]
+
+
+class Words(_Kept, PackedvLLMParameter):
+    """Packed codes or zero points."""
+
+
+class Scales(_Kept, GroupQuantScaleParameter):
+    """Scales [G, N]."""
+
+
+class GroupIndex(PerTensorScaleParameter):
+    """g_idx of each of the layers that vLLM takes as one: int32 [layers, K].
+
+    vLLM's loaders take it for one number for each layer, and bring it whole.
+    """
+
+    keeps = "rows"
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """Take all of it."""
+        self.data[0].copy_(loaded_weight)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """Take what belongs to this rank's rows."""
+        rows = self.data.shape[1]
+        start = self.tp_rank * rows if self.keeps == "rows" else 0
+        self.data[0].copy_(loaded_weight[start : start + rows])
+
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
+        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
+
+
+def make_parameters(
+    packing: Packing, rows: int, sizes: tuple[int, ...], keeps: str, weight_loader: Callable[..., None]
+) -> dict[str, Any]:
+    """Return empty parameters for the tensors of a layer, on the device that is torch's default.
+
+    Args:
+        rows: K of this rank.
+        sizes: N of this rank, of each of the layers that vLLM takes as one.
+        keeps: what a rank of a row-parallel layer keeps of the weight.
+        weight_loader: what vLLM calls with a parameter and a tensor.
+    """
+    shapes = expected_tensors(rows, sum(sizes), packing.bits, packing.group_size)
+    dims: dict[str, Any] = {"input_dim": 0, "output_dim": 1, "weight_loader": weight_loader}
+    words = {"packed_factor": Fraction(32, packing.bits), **dims}
+
+    def empty(name: str, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shapes[name][0], dtype=dtype)
+
+    made: dict[str, Any] = {
+        "qweight": Words(data=empty("qweight"), packed_dim=0, **words),
+        "qzeros": Words(data=empty("qzeros"), packed_dim=1, **words),
+        "scales": Scales(data=empty("scales", packing.scales), **dims),
+        # Sequential until the checkpoint says otherwise; files from before act-order have none.
+        "g_idx": GroupIndex(
+            data=sequential_g_idx(rows, packing.group_size).repeat(len(sizes), 1), weight_loader=weight_loader
+        ),
+    }
+    for name, parameter in made.items():
+        one_group = packing.group_size == -1 and name in ("qzeros", "scales")
+        parameter.keeps = "all" if keeps == "rows" and one_group else keeps
+    return made
+
+
+def head_loader(layer: Any) -> Callable[[Any, Tensor], None]:
+    """Return what loads a packed output embedding: this rank's words of the vocabulary, and zeros for those that vLLM
+    adds to make their number even.
+    """
+
+    def load(param: Any, loaded_weight: Tensor) -> None:
+        if isinstance(param, GroupIndex):
+            return param.load_column_parallel_weight(loaded_weight)
+        each = param.packed_factor if getattr(param, "packed_dim", None) == param.output_dim else 1
+        indices = layer.shard_indices
+        first, last = (int(i / each) for i in (indices.org_vocab_start_index, indices.org_vocab_end_index))
+        param.data.zero_()
+        param.data[:, : last - first].copy_(loaded_weight[:, first:last])
+        return None
+
+    return load
