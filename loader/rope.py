@@ -25,6 +25,8 @@ _ALIASES = {"none": "default", "su": "longrope", "part-ntk": "partial-ntk", "pnt
 _FIRST = {"linear": "factor", "dynamic": "factor", "yarn": "factor", "partial-ntk": "factor", "ntk-by-parts": "factor"}
 _FIRST |= {"ntk": "alpha", "llama3": "factor"}
 
+# The top-level keys of jquesnelle/scaled-rope before it used rope_scaling (July 2023).
+KEYS_OF_2023 = ("part_ntk_scale", "ntk_alpha", "position_interpolation_scale")
 # What some families of transformers call theirs, and turn into "default" themselves.
 _OF_FAMILIES = ("mrope",)
 # Families in which all layers share one; they would take several for none without a word.
@@ -194,7 +196,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
 
 
 def _decide_by_keys_of_2023(config: Mapping[str, Any]) -> RopeDecision | None:
-    """Read the top-level keys of jquesnelle/scaled-rope before it used rope_scaling (July 2023)."""
+    """Read KEYS_OF_2023."""
     found = []
     if config.get("part_ntk_scale"):
         # That code left the original context at its default.
