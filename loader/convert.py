@@ -227,10 +227,10 @@ def _counted(
 ) -> Iterator[tuple[str, Tensor]]:
     done, total = 0, sum(spec.nbytes for spec in specs)
     for name, tensor in tensors:
-        yield name, tensor
         done += tensor.nbytes
-        if progress is not None:
+        if progress is not None:  # before it is written: nobody comes back after the last one
             progress(done, total)
+        yield name, tensor
 
 
 def config_of(checkpoint: Checkpoint, format: str | None) -> dict[str, Any] | None:

@@ -118,12 +118,13 @@ def _as_known(config: Mapping[str, Any], ours: Any, decision: RopeDecision) -> P
         if isinstance(parameters.get(name), int):
             parameters[name] = float(parameters[name])
     lengths: dict[str, Any] = {}
-    if rope_type == "longrope":  # Phi-3's code reads the length of the config, and not of the parameters
-        lengths = {_ORIGINAL: config[_ORIGINAL]} if _ORIGINAL in config else {}
-    elif rope_type == "dynamic":  # others scale from max_position_embeddings on
-        lengths = {"max_position_embeddings": parameters.pop(_ORIGINAL, None) or ours.max_position_embeddings}
+    if rope_type == "dynamic" and _ORIGINAL in parameters:  # others scale from max_position_embeddings on
+        lengths = {"max_position_embeddings": parameters.pop(_ORIGINAL)}
     elif rope_type in _SCALED_LENGTH:
         lengths = {"max_position_embeddings": context}
+    elif rope_type != "default" and _ORIGINAL in config:
+        # Phi-3's code reads it there for longrope; for linear and dynamic it tells which length the other one is.
+        lengths = {_ORIGINAL: config[_ORIGINAL]}
     why = "other programs know it by this name"
     if rope_type == "dynamic":
         why += ", and longrope cannot follow the length as it does"
