@@ -13,17 +13,18 @@ program computes a scaling of 1, those included that know no `attention_factor` 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ropewalk.errors import RopewalkError
+from ropewalk.errors import CheckpointError, RopewalkError
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.quantize_config import CONFIG_KEY
 from ropewalk.loader.rope import KEYS_OF_2023, RopeDecision, context_length
 from ropewalk.loader.rotary import REGISTERED_TYPES, divisors_of, frequencies_of
-from ropewalk.loader.skeleton import model_config
+from ropewalk.loader.skeleton import first_line, model_config
 
 # Types that other programs know by the same names.
 _KNOWN = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -61,7 +62,7 @@ def portable(checkpoint: Checkpoint, decision: RopeDecision, asked: bool) -> Por
         asked: whether the user asked for this rope; else the default one is left as the config has it.
 
     Raises:
-        CheckpointError: a config of which transformers makes none.
+        CheckpointError: a config of which transformers makes none, or not with this rope.
         RopeError: parameters that are missing or impossible.
         RopewalkError: transformers would compute other frequencies than we do.
     """
@@ -70,19 +71,23 @@ def portable(checkpoint: Checkpoint, decision: RopeDecision, asked: bool) -> Por
     model = _without_scaling(checkpoint, decision) if decision.type in (*_KNOWN, *REGISTERED_TYPES) else None
     if model is None:
         return PortableRope(decision.type, dict(checkpoint.config), f"rope {decision.type} left as it was")
+    config = dict(checkpoint.config)
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    if getattr(model, "head_dim", head_dim) is None:
+        config["head_dim"] = head_dim  # of Mixtral; transformers fails for YaRN and longrope where it is not told
     ours = SimpleNamespace(
         rope_parameters={**model.rope_parameters, **decision.parameters},
-        head_dim=getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads,
+        head_dim=head_dim,
         max_position_embeddings=model.max_position_embeddings,
         original_max_position_embeddings=checkpoint.config.get(_ORIGINAL),
     )
     if decision.type in REGISTERED_TYPES:
-        written = _as_longrope(checkpoint.config, ours, decision)
+        written = _as_longrope(config, ours, decision)
     elif decision.type == "default" and not asked:
         written = PortableRope("default", dict(checkpoint.config), "rope default left as it was", context_length(ours))
     else:
-        written = _as_known(checkpoint.config, ours, decision)
-    _check(written, ours)
+        written = _as_known(config, ours, decision)
+    _check(checkpoint, written, ours)
     return written
 
 
@@ -152,10 +157,11 @@ def _with_rope(
     return {**kept, **lengths, **shared, **rope}
 
 
-def _check(written: PortableRope, ours: Any) -> None:
+def _check(checkpoint: Checkpoint, written: PortableRope, ours: Any) -> None:
     """Compare what transformers makes of a config with what we do.
 
     Raises:
+        CheckpointError: it makes nothing of it: a family that knows no such rope.
         RopewalkError: they differ.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -164,8 +170,12 @@ def _check(written: PortableRope, ours: Any) -> None:
     if written.type not in ROPE_INIT_FUNCTIONS:
         return  # default, which has no scaling to be misread
     raw = json.loads(json.dumps({k: v for k, v in written.config.items() if k not in (CONFIG_KEY, "auto_map")}))
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    theirs, their_scaling = ROPE_INIT_FUNCTIONS[written.type](config)
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        theirs, their_scaling = ROPE_INIT_FUNCTIONS[written.type](config)
+    except Exception as error:  # whatever a config's validation raises, and computing with it
+        wanted = f"a {raw['model_type']} model that transformers gives a rope of type {written.type}"
+        raise CheckpointError(checkpoint.folder / "config.json", wanted, first_line(error)) from error
     expected, scaling = frequencies_of(ours)
     if theirs.shape != expected.shape or not (
         bool(((theirs - expected).abs() <= _SAME * expected).all()) and abs(their_scaling - scaling) <= _SAME * scaling
@@ -177,4 +187,5 @@ def _check(written: PortableRope, ours: Any) -> None:
 
 
 def _shown(inv_freq: Any, scaling: float) -> str:
-    return f"{len(inv_freq)} frequencies down to {float(inv_freq[-1]):.4g} and scaling {scaling:.4g}"
+    values = inv_freq.tolist()
+    return f"{len(values)} frequencies down to {min(values, default=math.nan):.4g} and scaling {scaling:.4g}"

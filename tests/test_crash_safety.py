@@ -188,16 +188,16 @@ print(json.dumps(found))
 """
 
 
-def drive(root, job):
+def drive(root, job, kills=KILLS, timed=TIMED):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), job, str(KILLS), str(TIMED), str(root)],
+        [sys.executable, "-c", textwrap.dedent(DRIVER), job, str(kills), str(timed), str(root)],
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["killed"] >= KILLS
+    assert found["killed"] >= kills
     assert found["absent"] > 0 and found["left"] > 0
     return found
 
@@ -216,7 +216,7 @@ def test_convert(tmp_path, make_checkpoint):
 def test_export(tmp_path, make_checkpoint):
     make_checkpoint(tmp_path / "packed", sym=False)
     ropewalk.convert(tmp_path / "packed", tmp_path / "model", shard_size="60kB")  # files that are copied
-    assert drive(tmp_path, "export")["whole"] > 0
+    assert drive(tmp_path, "export", kills=9, timed=2)["whole"] > 0
 
 
 @pytest.mark.skipif(not cpu.load(), reason="there are no kernels for the CPU, and so no layout to keep")

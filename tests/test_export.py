@@ -119,6 +119,8 @@ def float_models(tmp_path_factory, make_float_model):
     cases = {name: ("orca", {**sizes, **said}, rope) for name, (said, rope, *_) in ROPES.items()}
     # rotates a quarter of each head, and its config need not say so
     cases["partial"] = ("stablelm", sizes, "partial-ntk:factor=4,original=32")
+    # whose head_dim transformers' own functions miss
+    cases["mixtral"] = ("mixtral", {"rope_scaling": None}, "partial-ntk:factor=4,original=32")
     for i, (name, (arch, said, rope)) in enumerate(cases.items()):
         key = (arch, said.get("num_key_value_heads", 2))
         if key not in weights:
@@ -141,7 +143,7 @@ def float_models(tmp_path_factory, make_float_model):
     }
 
 
-@pytest.mark.parametrize("name", [*ROPES, "partial"])
+@pytest.mark.parametrize("name", [*ROPES, "partial", "mixtral"])
 def test_stock_transformers_computes_the_same(float_models, name):
     folder, out, found, result, rope = float_models[name]
     expected = ours(folder, rope)
@@ -412,6 +414,9 @@ def test_refusals(tmp_path, make_plain, monkeypatch):
         (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": stated}))
         with pytest.raises(error, match=words):
             ropewalk.export(folder, tmp_path / "b")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "phi3"}))
+    with pytest.raises(CheckpointError, match="a phi3 model that transformers gives a rope of type linear, found"):
+        ropewalk.export(folder, tmp_path / "b", rope="linear:2")
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
     with pytest.raises(CheckpointError, match="num_hidden_layers"):
         ropewalk.export(folder, tmp_path / "b")
