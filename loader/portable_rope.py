@@ -22,7 +22,7 @@ from typing import Any
 from ropewalk.errors import CheckpointError, RopewalkError
 from ropewalk.loader.checkpoint import Checkpoint
 from ropewalk.loader.quantize_config import CONFIG_KEY
-from ropewalk.loader.rope import KEYS_OF_2023, RopeDecision, context_length
+from ropewalk.loader.rope import KEYS_OF_2023, RopeDecision, context_length, context_lengths
 from ropewalk.loader.rotary import REGISTERED_TYPES, divisors_of, frequencies_of
 from ropewalk.loader.skeleton import first_line, model_config
 
@@ -71,6 +71,7 @@ def portable(checkpoint: Checkpoint, decision: RopeDecision, asked: bool) -> Por
     model = _without_scaling(checkpoint, decision) if decision.type in (*_KNOWN, *REGISTERED_TYPES) else None
     if model is None:
         return PortableRope(decision.type, dict(checkpoint.config), f"rope {decision.type} left as it was")
+    context_lengths(checkpoint.config)  # are numbers
     config = dict(checkpoint.config)
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     if getattr(model, "head_dim", head_dim) is None:
@@ -140,21 +141,20 @@ def _as_known(config: Mapping[str, Any], ours: Any, decision: RopeDecision) -> P
 def _with_rope(
     config: Mapping[str, Any], ours: Any, rope_type: str, parameters: Mapping[str, Any], lengths: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a config with a rope in the words of transformers 5 (rope_parameters) and of those before it.
+    """Return a config with a rope in the words of transformers 5 (rope_parameters) and of those before it: rope_scaling,
+    which transformers 5 reads first where both are there, and rope_theta outside of it.
 
-    Where both are there, transformers 5 takes rope_scaling, which has no rope_theta; so that stands outside, too. What
-    said the scaling before, by other keys, goes: who reads it would scale twice.
+    What said the scaling before, by other keys, goes: who reads it would scale twice.
     """
     shared = {
         name: ours.rope_parameters[name]
         for name in ("rope_theta", "partial_rotary_factor")
         if ours.rope_parameters.get(name) is not None
     }
-    parameters = {name: value for name, value in parameters.items() if name not in shared}
-    scaling = {"rope_type": rope_type, "type": rope_type, **parameters} if rope_type != "default" else None
+    rope = {"rope_type": rope_type, **shared, **parameters}
+    scaling = {**rope, "type": rope_type} if rope_type != "default" else None
     kept = {name: value for name, value in config.items() if name not in (*KEYS_OF_2023, _ORIGINAL) or name in lengths}
-    rope = {"rope_scaling": scaling, "rope_parameters": {"rope_type": rope_type, **shared, **parameters}}
-    return {**kept, **lengths, **shared, **rope}
+    return {**kept, **lengths, **shared, "rope_scaling": scaling, "rope_parameters": rope}
 
 
 def _check(checkpoint: Checkpoint, written: PortableRope, ours: Any) -> None:

@@ -147,7 +147,7 @@ def _number(name: str, text: str) -> int | float | bool:
 def _decide_override(config: Mapping[str, Any], override: str) -> RopeDecision:
     rope_type, given = parse_rope(override)
     implied = {}
-    original, longest = _lengths(config)
+    original, longest = context_lengths(config)
     names = parameter_names(rope_type)
     if "original_max_position_embeddings" in names or rope_type == "dynamic":
         implied["original_max_position_embeddings"] = original
@@ -172,7 +172,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
     if name != "default":
         given = {k: v for k, v in stated.items() if k not in ("rope_type", "type")}
         rope_type = _ALIASES.get(name, name)
-        original, _ = _lengths(config)
+        original, _ = context_lengths(config)
         if rope_type in ROPE_TYPES and "original_max_position_embeddings" in parameter_names(rope_type):
             given.setdefault("original_max_position_embeddings", original)
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -182,7 +182,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
     old = _decide_by_keys_of_2023(config)
     if old is not None:
         return old
-    original, longest = _lengths(config)
+    original, longest = context_lengths(config)
     if config["model_type"] == "llama" and original < longest:
         factor, rest = divmod(longest, original)
         why = (
@@ -241,8 +241,12 @@ def _short(value: object) -> str:
     return repr(value)[:80]
 
 
-def _lengths(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (original context, longest context); equal where the config names one only."""
+def context_lengths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (original context, longest context); equal where the config names one only.
+
+    Raises:
+        RopeError: one that is no number of positions.
+    """
     longest = config.get("max_position_embeddings", 2048)
     stated = _stated(config)
     original = stated.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
@@ -301,7 +305,7 @@ def _check(config: Mapping[str, Any], decision: RopeDecision) -> None:
     names = parameter_names(decision.type)
     given = {k: v for k, v in decision.parameters.items() if k in names}
     if "max_position_embeddings" in names:
-        given.setdefault("max_position_embeddings", _lengths(config)[1])
+        given.setdefault("max_position_embeddings", context_lengths(config)[1])
     try:
         dim = rotary_dim(head_dim, decision.parameters.get("partial_rotary_factor") or 1.0)
         with np.errstate(all="ignore"):

@@ -178,8 +178,7 @@ def test_what_is_written(float_models, name):
     if written == "default":
         assert after["rope_scaling"] is None
     else:
-        shared = {k: v for k, v in after["rope_scaling"].items() if k != "type"}
-        assert {**shared, "rope_theta": after["rope_theta"]} == after["rope_parameters"]
+        assert after["rope_scaling"] == {**after["rope_parameters"], "type": written}
     if found["rope"]["type"] != written:
         # nothing but factors: no second set, no scaling of attention, the whole context
         assert after["max_position_embeddings"] == after["original_max_position_embeddings"] == context
