@@ -141,7 +141,7 @@ def _as_known(config: Mapping[str, Any], ours: Any, decision: RopeDecision) -> P
 def _with_rope(
     config: Mapping[str, Any], ours: Any, rope_type: str, parameters: Mapping[str, Any], lengths: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a config with a rope in the words of transformers 5 (rope_parameters) and of those before it: rope_scaling,
+    """Return a config with a rope in the words of transformers 5 (rope_parameters) and of earlier ones: rope_scaling,
     which transformers 5 reads first where both are there, and rope_theta outside of it.
 
     What said the scaling before, by other keys, goes: who reads it would scale twice.
