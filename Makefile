@@ -53,7 +53,7 @@ environments: $(VENV)/with-kernels/kernels/__init__.py $(VENV)-transformers56/en
 	$(VENV)-gptqmodel/environment $(VENV)-autogptq/environment $(VENV)-vllm/environment
 
 TRANSFORMERS56 := tests/test_rotary.py tests/test_load.py tests/test_transformers.py tests/test_serve.py \
-	tests/test_lora.py tests/test_grid.py
+	tests/test_lora.py tests/test_grid.py tests/test_export.py
 test-transformers56: $(VENV)-transformers56/environment $(VENV)/installed
 	$(VENV)-transformers56/bin/python $(PYTEST) -p no:cacheprovider $(TRANSFORMERS56) \
 		-k "not does_not_fit and not any_name and not model_cards and (not test_cell or quant_config)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -81,28 +81,56 @@ def convert(
         raise UsageError(f"format: expected it with packed weights, found float ones in {checkpoint.folder}")
     format = format or (checkpoint.quantize_config.checkpoint_format if checkpoint.quantize_config else None)
     _check_zeros(checkpoint, format)
-    specs = _specs(checkpoint)
+    config = config_of(checkpoint, format)
     with work_folder(folder) as work:
-        _check_space(work.folder, folder, sum(spec.nbytes for spec in specs))
+        check_space(work.folder, folder, written_bytes(checkpoint))
         finished = work.folder / "finished"
         finished.mkdir()
-        out_of_order: set[str] = set()
-        tensors = _tensors(checkpoint, format, out_of_order)
-        files = write_streaming(specs, _counted(tensors, specs, progress), finished, shard_bytes)
-        config = _config(checkpoint, format, out_of_order)
-        _write_companions(checkpoint, config, finished)
-        _check_written(checkpoint, finished, specs, format)
+        files = rewrite(checkpoint, finished, format, shard_bytes, progress)
+        write_companions(checkpoint, checkpoint.config, config, finished)
+        check_written(checkpoint, finished, format)
         publish(finished, folder)
-    encodings = sorted({layer.encoding for layer in checkpoint.layers.values()})
     return {
         "out": str(folder),
         "files": [path.name for path in files],
-        "bytes": sum(spec.nbytes for spec in specs),
+        "bytes": written_bytes(checkpoint),
         "layers": len(checkpoint.layers),
-        "from": "+".join(encodings) or "float",
+        "from": encodings_of(checkpoint),
         "quantize_config": config,
         "warnings": list(checkpoint.warnings),
     }
+
+
+def rewrite(
+    checkpoint: Checkpoint, folder: Path, format: str | None, shard_bytes: int, progress: Progress | None
+) -> list[Path]:
+    """Write all tensors of a checkpoint into a folder as safetensors, packed layers in the checkpoint layout.
+
+    Args:
+        format: the version of zero points; None for a checkpoint in float.
+        shard_bytes, progress: as `convert` takes them.
+
+    Returns:
+        The files written.
+    """
+    specs = _specs(checkpoint)
+    return write_streaming(specs, _counted(_tensors(checkpoint, format), specs, progress), folder, shard_bytes)
+
+
+def written_bytes(checkpoint: Checkpoint) -> int:
+    """Return how many bytes the tensors take that `rewrite` writes."""
+    return sum(spec.nbytes for spec in _specs(checkpoint))
+
+
+def is_as_rewritten(checkpoint: Checkpoint) -> bool:
+    """Tell whether the tensors of a checkpoint are those that `rewrite` would write, by name, dtype and shape."""
+    found = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
+    return found == {spec.name: (spec.dtype, spec.shape) for spec in _specs(checkpoint)}
+
+
+def encodings_of(checkpoint: Checkpoint) -> str:
+    """Return how the layers lie on disk, in a word: "gptq", "marlin", …; "float" where none is packed."""
+    return "+".join(sorted({layer.encoding for layer in checkpoint.layers.values()})) or "float"
 
 
 def parse_size(size: int | str) -> int:
@@ -121,7 +149,7 @@ def parse_size(size: int | str) -> int:
     return value
 
 
-def _check_space(place: Path, out: Path, needed: int) -> None:
+def check_space(place: Path, out: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold."""
     free = shutil.disk_usage(place).free
     if needed > free > 0:  # some network file systems say 0, whatever they have
@@ -174,17 +202,14 @@ def _in_order(checkpoint: Checkpoint) -> list[str | PackedLayer]:
     return list(items.values())
 
 
-def _tensors(checkpoint: Checkpoint, format: str | None, out_of_order: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in the order of `_specs`; collect the layers that have an act-order and are not said to."""
+def _tensors(checkpoint: Checkpoint, format: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in the order of `_specs`."""
     with checkpoint.reader() as reader:
         for item in _in_order(checkpoint):
             if isinstance(item, str):
                 yield from reader.read_together([(item, checkpoint.tensors[item])]).items()
                 continue
             parts = _read(reader, item, format)
-            settings = item.settings
-            if "g_idx" in parts and not settings.desc_act and not is_sequential(parts["g_idx"], settings.group_size):
-                out_of_order.add(item.name)
             yield from ((f"{item.name}.{part}", parts[part]) for part in PARTS if part in parts)
 
 
@@ -202,20 +227,22 @@ def _counted(
 ) -> Iterator[tuple[str, Tensor]]:
     done, total = 0, sum(spec.nbytes for spec in specs)
     for name, tensor in tensors:
-        yield name, tensor
         done += tensor.nbytes
-        if progress is not None:
+        if progress is not None:  # before it is written: nobody comes back after the last one
             progress(done, total)
+        yield name, tensor
 
 
-def _config(checkpoint: Checkpoint, format: str | None, out_of_order: set[str]) -> dict[str, Any] | None:
-    """Return the quantization config of what is written: the source's, in the words of the checkpoint layout."""
+def config_of(checkpoint: Checkpoint, format: str | None) -> dict[str, Any] | None:
+    """Return the quantization config of what is written: the source's, in the words of the checkpoint layout; None for
+    a checkpoint in float.
+    """
     settings = checkpoint.quantize_config
     if settings is None:
         return None
     layers = checkpoint.layers.values()
     changes: dict[str, Any] = {"checkpoint_format": format, "desc_act": settings.desc_act}
-    if out_of_order and not settings.desc_act and all(layer.has_g_idx for layer in layers):
+    if not settings.desc_act and all(layer.has_g_idx for layer in layers) and _has_hidden_order(checkpoint):
         changes["desc_act"] = True  # some programs read g_idx only where this is said
     raw = {k: v for k, v in with_values(settings, **changes).raw.items() if k != "model_file_base_name"}
     if settings.sym is not None:
@@ -225,6 +252,16 @@ def _config(checkpoint: Checkpoint, format: str | None, out_of_order: set[str]) 
     return {**raw, "checkpoint_format": format, "quant_method": "gptq"}
 
 
+def _has_hidden_order(checkpoint: Checkpoint) -> bool:
+    """Tell whether layers have an act-order that no setting tells of."""
+    with checkpoint.reader() as reader:
+        return any(
+            not is_sequential(reader.read(layer.entries["g_idx"].name), layer.settings.group_size)
+            for layer in checkpoint.layers.values()
+            if layer.has_g_idx and not layer.settings.desc_act
+        )
+
+
 def _without_format(overrides: Any) -> Any:
     """Return what `dynamic` changes without the format, which is the same for all layers."""
     if not isinstance(overrides, dict):
@@ -232,9 +269,17 @@ def _without_format(overrides: Any) -> Any:
     return {name: value for name, value in overrides.items() if name not in ("format", "checkpoint_format")}
 
 
-def _write_companions(checkpoint: Checkpoint, config: dict[str, Any] | None, folder: Path) -> None:
-    """Write the configs, and copy what belongs to a model besides: tokenizer, generation config, licence."""
-    model_config = {name: value for name, value in checkpoint.config.items() if name != CONFIG_KEY}
+def write_companions(
+    checkpoint: Checkpoint, model_config: Mapping[str, Any], config: dict[str, Any] | None, folder: Path
+) -> None:
+    """Write the configs, and copy what belongs to a model besides: tokenizer, generation config, licence.
+
+    Args:
+        model_config: config.json, whose quantization config is replaced.
+        config: the quantization config, or None.
+        folder: where to.
+    """
+    model_config = {name: value for name, value in model_config.items() if config or name != CONFIG_KEY}
     if config is not None:
         model_config[CONFIG_KEY] = config
         write_json(folder / "quantize_config.json", {**config, "model_file_base_name": "model"})
@@ -250,14 +295,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_written(checkpoint: Checkpoint, folder: Path, specs: list[Spec], format: str | None) -> None:
+def check_written(checkpoint: Checkpoint, folder: Path, format: str | None) -> None:
     """Open what was written, and compare it with what was meant.
 
     Raises:
         RopewalkError: it differs.
     """
     written = open_checkpoint(folder)
-    expected: dict[str, object] = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+    expected: dict[str, object] = {spec.name: (spec.dtype, spec.shape) for spec in _specs(checkpoint)}
     found: dict[str, object] = {name: (entry.dtype, entry.shape) for name, entry in written.tensors.items()}
     for name, layer in checkpoint.layers.items():
         expected[name] = _kind(layer, format)

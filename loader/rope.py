@@ -25,6 +25,8 @@ _ALIASES = {"none": "default", "su": "longrope", "part-ntk": "partial-ntk", "pnt
 _FIRST = {"linear": "factor", "dynamic": "factor", "yarn": "factor", "partial-ntk": "factor", "ntk-by-parts": "factor"}
 _FIRST |= {"ntk": "alpha", "llama3": "factor"}
 
+# The top-level keys of jquesnelle/scaled-rope before it used rope_scaling (July 2023).
+KEYS_OF_2023 = ("part_ntk_scale", "ntk_alpha", "position_interpolation_scale")
 # What some families of transformers call theirs, and turn into "default" themselves.
 _OF_FAMILIES = ("mrope",)
 # Families in which all layers share one; they would take several for none without a word.
@@ -145,7 +147,7 @@ def _number(name: str, text: str) -> int | float | bool:
 def _decide_override(config: Mapping[str, Any], override: str) -> RopeDecision:
     rope_type, given = parse_rope(override)
     implied = {}
-    original, longest = _lengths(config)
+    original, longest = context_lengths(config)
     names = parameter_names(rope_type)
     if "original_max_position_embeddings" in names or rope_type == "dynamic":
         implied["original_max_position_embeddings"] = original
@@ -170,7 +172,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
     if name != "default":
         given = {k: v for k, v in stated.items() if k not in ("rope_type", "type")}
         rope_type = _ALIASES.get(name, name)
-        original, _ = _lengths(config)
+        original, _ = context_lengths(config)
         if rope_type in ROPE_TYPES and "original_max_position_embeddings" in parameter_names(rope_type):
             given.setdefault("original_max_position_embeddings", original)
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -180,7 +182,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
     old = _decide_by_keys_of_2023(config)
     if old is not None:
         return old
-    original, longest = _lengths(config)
+    original, longest = context_lengths(config)
     if config["model_type"] == "llama" and original < longest:
         factor, rest = divmod(longest, original)
         why = (
@@ -194,7 +196,7 @@ def _decide_auto(config: Mapping[str, Any]) -> RopeDecision:
 
 
 def _decide_by_keys_of_2023(config: Mapping[str, Any]) -> RopeDecision | None:
-    """Read the top-level keys of jquesnelle/scaled-rope before it used rope_scaling (July 2023)."""
+    """Read KEYS_OF_2023."""
     found = []
     if config.get("part_ntk_scale"):
         # That code left the original context at its default.
@@ -239,8 +241,12 @@ def _short(value: object) -> str:
     return repr(value)[:80]
 
 
-def _lengths(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (original context, longest context); equal where the config names one only."""
+def context_lengths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (original context, longest context); equal where the config names one only.
+
+    Raises:
+        RopeError: one that is no number of positions.
+    """
     longest = config.get("max_position_embeddings", 2048)
     stated = _stated(config)
     original = stated.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
@@ -299,7 +305,7 @@ def _check(config: Mapping[str, Any], decision: RopeDecision) -> None:
     names = parameter_names(decision.type)
     given = {k: v for k, v in decision.parameters.items() if k in names}
     if "max_position_embeddings" in names:
-        given.setdefault("max_position_embeddings", _lengths(config)[1])
+        given.setdefault("max_position_embeddings", context_lengths(config)[1])
     try:
         dim = rotary_dim(head_dim, decision.parameters.get("partial_rotary_factor") or 1.0)
         with np.errstate(all="ignore"):

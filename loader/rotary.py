@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ropewalk.errors import MissingPackageError, RopeError
 from ropewalk.loader import apply_rotary
 from ropewalk.loader.keeps_dtypes import KeepsDtypes
-from ropewalk.rope.frequencies import ROPE_TYPES, inverse_frequencies, parameter_names, rotary_dim
+from ropewalk.rope.frequencies import ROPE_TYPES, divisors, inverse_frequencies, parameter_names, rotary_dim
 from ropewalk.rope.reference import cos_sin
 
 # Rope types of ours that transformers does not have.
@@ -44,6 +45,26 @@ def frequencies_of(
     Raises:
         RopeError: an unknown type, or parameters that are missing or impossible.
     """
+    rope_type, arguments = _arguments(config, seq_len, layer_type)
+    return inverse_frequencies(rope_type, device=device, **arguments)
+
+
+def divisors_of(config: Any) -> tuple[np.ndarray, float]:
+    """Return (divisors float64 [dim / 2], attention_scaling) for a transformers config: see
+    `ropewalk.rope.frequencies.divisors`.
+
+    Args:
+        config: as `frequencies_of` takes it.
+
+    Raises:
+        RopeError: an unknown type, or parameters that are missing or impossible.
+    """
+    rope_type, arguments = _arguments(config)
+    return divisors(rope_type, **arguments)
+
+
+def _arguments(config: Any, seq_len: int | None = None, layer_type: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return (rope type, what `inverse_frequencies` takes for it)."""
     given = dict(config.rope_parameters if layer_type is None else config.rope_parameters[layer_type])
     rope_type = given.pop("rope_type", None) or given.pop("type", "default")
     given.pop("type", None)
@@ -61,7 +82,7 @@ def frequencies_of(
         given["seq_len"] = seq_len
     # transformers keeps keys that a type does not use (it warns of them when the config is made).
     given = {name: value for name, value in given.items() if name in names}
-    return inverse_frequencies(rope_type, dim=dim, base=base, device=device, **given)
+    return rope_type, {"dim": dim, "base": base, **given}
 
 
 class _Registered:

@@ -165,7 +165,7 @@ def write_streaming(
         with TensorFile(path, shard, {"format": "pt"}) as file:
             for _ in shard:
                 file.write(*next(coming))
-    _write_index([(p, [s.name for s in shard]) for p, shard in zip(paths, shards, strict=True)], total)
+    write_index([(p, [s.name for s in shard]) for p, shard in zip(paths, shards, strict=True)], total)
     return paths
 
 
@@ -195,7 +195,7 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
     named = []
     for (path, names), name in zip(shards, _shard_names(len(shards)), strict=True):
         named.append((path.rename(folder / name), names))
-    _write_index(named, total)
+    write_index(named, total)
 
 
 def _shard_names(count: int) -> list[str]:
@@ -204,7 +204,13 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_index(shards: list[tuple[Path, list[str]]], total: int) -> None:
+def write_index(shards: list[tuple[Path, list[str]]], total: int) -> None:
+    """Write the index of several files of tensors, beside them; one file needs none.
+
+    Args:
+        shards: files, and the names of the tensors in each.
+        total: bytes of all tensors.
+    """
     if len(shards) > 1:
         weight_map = {name: path.name for path, names in shards for name in names}
         path = shards[0][0].parent / "model.safetensors.index.json"

@@ -314,8 +314,8 @@ def test_memory_holds_a_layer_and_no_more(tmp_path):
 
 def test_what_was_written_is_looked_at(tmp_path, monkeypatch):
     folder = write(tmp_path / "a", {Q: layer(sym=False)}, {"bits": 4, "group_size": 128, "sym": False})
-    real = module._config
-    monkeypatch.setattr(module, "_config", lambda *a: {**real(*a), "checkpoint_format": "gptq_v2"})
+    real = module.config_of
+    monkeypatch.setattr(module, "config_of", lambda *a: {**real(*a), "checkpoint_format": "gptq_v2"})
     with pytest.raises(RopewalkError, match=r"expected .*q_proj to be written as"):
         ropewalk.convert(folder, tmp_path / "b", format="gptq")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import ropewalk
 from ropewalk import cpu
 from ropewalk.errors import CheckpointError
 from ropewalk.loader import write
@@ -33,7 +34,7 @@ torch.set_num_threads(1)  # a child has no threads but its own
 import safetensors.torch, transformers  # noqa
 import ropewalk
 from ropewalk import cpu
-from ropewalk.loader import load as _load, quantize as _quantize, convert as _convert  # noqa
+from ropewalk.loader import load as _load, quantize as _quantize, convert as _convert, export as _export  # noqa
 from ropewalk.loader.checkpoint import open_checkpoint
 from ropewalk.loader.packed_cache import _KEY  # noqa
 from ropewalk.loader.write import MARK
@@ -51,6 +52,10 @@ def quantize(out):
 
 def convert(out):
     ropewalk.convert(model, out, shard_size="60kB", format="gptq_v2")
+
+
+def export(out):
+    ropewalk.export(model, out)
 
 
 def cache(out):
@@ -124,7 +129,7 @@ def leftovers(out):
     return [path for path in out.parent.glob(".*") if MARK in path.name]
 
 
-job = {"quantize": quantize, "convert": convert, "cache": cache}[job]
+job = {"quantize": quantize, "convert": convert, "export": export, "cache": cache}[job]
 out = root / "out"
 if job is cache:
     out = model / ".ropewalk" / "model.safetensors"
@@ -183,16 +188,16 @@ print(json.dumps(found))
 """
 
 
-def drive(root, job):
+def drive(root, job, kills=KILLS, timed=TIMED):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), job, str(KILLS), str(TIMED), str(root)],
+        [sys.executable, "-c", textwrap.dedent(DRIVER), job, str(kills), str(timed), str(root)],
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["killed"] >= KILLS
+    assert found["killed"] >= kills
     assert found["absent"] > 0 and found["left"] > 0
     return found
 
@@ -206,6 +211,12 @@ def test_quantize(tmp_path, make_plain):
 def test_convert(tmp_path, make_checkpoint):
     make_checkpoint(tmp_path / "model", sym=False)
     assert drive(tmp_path, "convert")["whole"] > 0  # killed after it had its name
+
+
+def test_export(tmp_path, make_checkpoint):
+    make_checkpoint(tmp_path / "packed", sym=False)
+    ropewalk.convert(tmp_path / "packed", tmp_path / "model", shard_size="60kB")  # files that are copied
+    assert drive(tmp_path, "export", kills=9, timed=2)["whole"] > 0
 
 
 @pytest.mark.skipif(not cpu.load(), reason="there are no kernels for the CPU, and so no layout to keep")

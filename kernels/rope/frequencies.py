@@ -21,7 +21,7 @@ at position 16384.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -55,6 +55,23 @@ def inverse_frequencies(
     Raises:
         RopeError: unknown type, unknown or missing parameter, or a value outside its range.
     """
+    inv_freq, scaling = _compute(rope_type, dim, base, parameters)
+    # torch.from_numpy ignores an ambient `torch.device("meta")`, in which transformers builds its models.
+    return torch.from_numpy(inv_freq.astype(np.float32)).to(device or "cpu"), scaling
+
+
+def divisors(rope_type: str, *, dim: int, base: float = 10000.0, **parameters: object) -> Frequencies:
+    """Return (what plain frequencies are divided by, float64 [dim / 2]; attention_scaling): the factors with which
+    `longrope` says the same as any scaling that does not depend on the length.
+
+    Arguments and errors are those of `inverse_frequencies`.
+    """
+    inv_freq, scaling = _compute(rope_type, dim, base, parameters)
+    return _plain(dim, base) / inv_freq, scaling
+
+
+def _compute(rope_type: str, dim: int, base: float, parameters: Mapping[str, object]) -> Frequencies:
+    """Check the arguments, and compute the frequencies in float64."""
     names = parameter_names(rope_type)
     function = _FUNCTIONS[rope_type]
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
@@ -70,9 +87,7 @@ def inverse_frequencies(
         if name not in optional and parameters.get(name) is None:
             raise RopeError(f"rope type {rope_type}: expected parameter {name!r}, found none")
     given = {name: value for name, value in parameters.items() if value is not None}
-    inv_freq, scaling = function(dim=dim, base=base, **given)
-    # torch.from_numpy ignores an ambient `torch.device("meta")`, in which transformers builds its models.
-    return torch.from_numpy(inv_freq.astype(np.float32)).to(device or "cpu"), scaling
+    return function(dim=dim, base=base, **given)
 
 
 def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ropewalk import errors as errors
     from ropewalk.loader.convert import convert as convert
+    from ropewalk.loader.export import export as export
     from ropewalk.loader.inspect import inspect as inspect
     from ropewalk.loader.load import load as load
     from ropewalk.loader.quant_linear import QuantLinear as QuantLinear
@@ -29,6 +30,7 @@ _FACE = {
     "inspect": "ropewalk.loader.inspect",
     "quantize": "ropewalk.loader.quantize",
     "convert": "ropewalk.loader.convert",
+    "export": "ropewalk.loader.export",
     "patch": "ropewalk.patches",
     "unpatch": "ropewalk.patches",
     "QuantLinear": "ropewalk.loader.quant_linear",

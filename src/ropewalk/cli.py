@@ -28,6 +28,7 @@ COMMANDS = {
     "needle": "whether a model finds a line again that it has read, by length and depth",
     "quantize": "pack a float16 model with GPTQ",
     "convert": "write any checkpoint that is read here as safetensors",
+    "export": "write a checkpoint with its rope as longrope, for engines without our code: vLLM, transformers, …",
     "bench": "our kernels against others found here, in one run",
     "compile": "kernels ahead of time for named architectures: registers, shared memory, spills",
     "tune": "find the fastest plans for the GPU that is here, and keep them",
