@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ropewalk.gptq.rtn import quantize_rtn
+from ropewalk.loader.quant_linear import QuantLinear
 
 vllm = pytest.importorskip("vllm")
+
+from ropewalk.patches.vllm.config import RopewalkConfig  # noqa: E402
 
 TOKENS = 12
 # The largest difference of a logarithm of a probability that is left to float32.
@@ -140,6 +143,8 @@ ROPES = {
     "ntk-by-parts": {"rope_parameters": {**PARTIAL, "rope_type": "ntk-by-parts"}},
     "of 2023": {"rope_scaling": {"type": "partial-ntk", "factor": 4.0, "original_max_position_embeddings": 32}},
     "ntk": {"rope_parameters": {"rope_type": "ntk", "alpha": 2.5, "rope_theta": 10000.0}},
+    "linear, a whole number": {"rope_scaling": {"type": "linear", "factor": 4}, "max_position_embeddings": 32},
+    "linear of 2023": {"position_interpolation_scale": 0.25, "max_position_embeddings": 32},
 }
 
 
@@ -147,7 +152,8 @@ ROPES = {
 def test_ropes(case, tmp_path, make_checkpoint, reference_model):
     sizes = {**ROPES[case]} | ({} if case == "unnamed" else {"original_max_position_embeddings": None})
     weights = make_checkpoint(tmp_path, "airophin", sizes=sizes)
-    rope = ROPES[case].get("rope_parameters", PARTIAL)
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    rope = ROPES[case].get("rope_parameters", linear if "linear" in case else PARTIAL)
     with engine(tmp_path) as llm:
         assert llm.model_config.max_model_len == 128
         check(llm, reference_model(tmp_path, weights, rope), 5, 110)
@@ -187,6 +193,25 @@ def test_an_adapter(compiled, tmp_path, make_checkpoint, reference_model):
         check(llm, model, 5, 100, lora_request=LoRARequest("adapter", 1, str(tmp_path / "adapter")))
         with model.disable_adapter():
             check(llm, model, 5, 100)
+
+
+@pytest.mark.parametrize("arch", ["codellama", "mixtral"])
+@pytest.mark.parametrize("shared_order", [True, False], ids=["one order", "orders"])
+def test_the_layout_of_a_gpu(arch, shared_order, tmp_path, make_checkpoint, reference_model, monkeypatch):
+    """Test what a GPU would have, in plain torch."""
+    monkeypatch.setattr(QuantLinear, "_best_layout", lambda self: "gpu")
+    weights = make_checkpoint(tmp_path, arch, sym=False, shared_order=shared_order)
+    with engine(tmp_path) as llm:
+        check(llm, reference_model(tmp_path, weights), 5, 40)
+
+
+@pytest.mark.parametrize("desc_act", [True, False], ids=["act", "in order"])
+def test_files_that_are_not_here_to_be_looked_at(desc_act, tmp_path, make_checkpoint, reference_model, monkeypatch):
+    """Test what a model on the Hub has: its config is believed."""
+    monkeypatch.setattr(RopewalkConfig, "maybe_update_config", lambda *args, **kwargs: None)
+    weights = make_checkpoint(tmp_path, "mixtral", desc_act=desc_act)
+    with engine(tmp_path) as llm:
+        check(llm, reference_model(tmp_path, weights), 5)
 
 
 def test_methods_by_name(tmp_path, make_checkpoint, reference_model):

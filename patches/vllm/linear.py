@@ -86,14 +86,16 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.columns = sum(layer.outfeatures for layer in layers) + sum(around or ())
-        self._merged = Merged(layers) if len(layers) > 1 else None
+        merged = Merged(layers) if len(layers) > 1 else None
+        # Now, before vLLM looks how much memory is left.
+        self._merged = merged if merged is not None and merged.is_ready() else None
         self._around = around
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the products side by side, [tokens, columns], for x [tokens, K], or what of K the rank has."""
         if self._around is not None:
             x = tensor_model_parallel_all_gather(x)
-        if self._merged is not None and self._merged.is_ready():
+        if self._merged is not None:
             y = self._merged(x)
         else:
             products = [layer(x) for layer in self.layers]

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.transformers_utils import config as hf_config
 
 import ropewalk.rope.ops  # noqa: F401  registers ropewalk::rope_
 from ropewalk import cpu
-from ropewalk.loader.quantize_config import FILES, read_json
-from ropewalk.loader.rope import context_length, decide_rope
+from ropewalk.loader.quantize_config import FILES
+from ropewalk.loader.rope import KEYS_OF_2023, context_length, decide_rope
 from ropewalk.loader.rotary import frequencies_of, register_rope_types, unregister_rope_types
 
 log = logging.getLogger("ropewalk")
@@ -48,46 +49,59 @@ def with_rope(get_config: Callable[..., Any]) -> Callable[..., Any]:
     """Return vLLM's `get_config` with the rope that a config means, and the packing that stands in a file beside it."""
 
     @functools.wraps(get_config)
-    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        config = get_config(model, *args, **kwargs)
-        if Path(model).is_dir():
-            _add_packing(config, Path(model))
+    def wrapped(model: Any, trust_remote_code: bool, revision: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        config = get_config(model, trust_remote_code, revision, *args, **kwargs)
+        _add_packing(config, model, revision)
         text = config.get_text_config()
-        if getattr(text, "rope_parameters", None) is not None:
+        if _may_be_ours(text):
             decision = decide_rope(text.to_dict(), file=Path(model, "config.json"))
-            if decision.type in TYPES:
-                text.rope_parameters = decision.parameters
+            if decision.type in (*TYPES, "linear"):
+                text.rope_parameters = dict(decision.parameters)
+                if decision.type == "linear":
+                    # vLLM fails for a whole number.
+                    text.rope_parameters["factor"] = float(decision.parameters["factor"])
                 log.info("rope: %s, since %s", decision, decision.why)
         return config
 
     return wrapped
 
 
-def _add_packing(config: Any, folder: Path) -> None:
+def _may_be_ours(config: Any) -> bool:
+    """Return whether a config names, or may imply, a rope that vLLM would take for another. All others are vLLM's."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return False
+    named = parameters.get("rope_type", "default")
+    if named != "default":
+        return named == "linear" or is_ours(parameters)
+    of_2023 = any(getattr(config, key, None) for key in KEYS_OF_2023)
+    return of_2023 or (config.model_type == "llama" and hasattr(config, "original_max_position_embeddings"))
+
+
+def _add_packing(config: Any, model: Any, revision: str | None) -> None:
     """Give a config what a file beside it says of the packing, as checkpoints of 2023 have it."""
     stated = getattr(config, "quantization_config", None)
-    if isinstance(stated, dict):
+    if isinstance(stated, dict) and "bits" in stated:
         stated.setdefault("quant_method", "gptq")
     if stated is not None:
         return
     for name in FILES:
-        if (folder / name).is_file():
-            found = read_json(folder / name)
+        if hf_config.file_or_path_exists(model, name, revision):
+            found = hf_config.get_hf_file_to_dict(name, model, revision)
             if isinstance(found, dict) and found.get("quant_method", "gptq") == "gptq":
                 config.quantization_config = {**found, "quant_method": "gptq"}
                 return
 
 
 def with_longest(longest: Callable[..., int]) -> Callable[..., int]:
-    """Return vLLM's function for the longest context, which for types that it does not know would multiply the number
-    of positions by the factor, whether that is in it or not.
+    """Return vLLM's function for the longest context, which for linear and for types that it does not know would
+    multiply the number of positions by the factor, whether that is in it or not.
     """
 
     @functools.wraps(longest)
     def wrapped(hf_config: Any, *args: Any, **kwargs: Any) -> int:
         parameters = getattr(hf_config, "rope_parameters", None)
-        if is_ours(parameters):
-            assert isinstance(parameters, dict)
+        if isinstance(parameters, dict) and (is_ours(parameters) or parameters.get("rope_type") == "linear"):
             scaled = context_length(hf_config) / hf_config.max_position_embeddings
             hf_config = copy.copy(hf_config)
             hf_config.rope_parameters = {**parameters, "factor": scaled}
