@@ -106,6 +106,7 @@ CASES = {
     "biases": {"arch": "qwen2"},
     "shared experts": {"arch": "qwen2_moe"},
     "mistral": {"arch": "mistral"},
+    "one weight on disk": {"arch": "mistral", "sizes": {"model_type": "phi3", "pad_token_id": 0}},
 }
 
 
