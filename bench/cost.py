@@ -162,16 +162,13 @@ def cost_table(found: dict[str, Any]) -> str:
             )
     sources = dict.fromkeys(f"{device['name']} {device['source']}" for device in devices)
     text = f"{table(lines)}\nGB/s: {'; '.join(sources)}"
-    links = {link["name"]: link for device in devices for link in device["links"]}
-    for link in links.values():
-        text += (
-            f"\n{link['name']}: {link['gb_per_s']:g} GB/s each way, assumed {link['latency_us']:g} µs for an operation"
-        )
+    text += "".join(f"\n{line}" for line in link_lines(devices))
     return text + ("\nGB a token and memory: of the GPU that has the most" if several else "")
 
 
 def models_table(costs: dict[str, dict[str, Any]], place: int) -> str:
-    """Return tokens a second at most, a line for each model and a column for each device.
+    """Return tokens a second at most, a line for each model and a column for each device; of several GPUs with the
+    memory of the one that holds the most.
 
     "–" is where fewer than USEFUL tokens of context fit.
 
@@ -180,18 +177,45 @@ def models_table(costs: dict[str, dict[str, Any]], place: int) -> str:
         place: which of the contexts and batches.
     """
     devices = next(iter(costs.values()))["devices"]
+    several = any(_gpus(device) > 1 for device in devices)
     titles = [f"{device['name']} ({device['read_gb_per_s']:.0f} GB/s)" for device in devices]
-    if any(_gpus(device) > 1 for device in devices):
-        titles = [f"{device['name']}, {_split(device)}" for device in devices]
-    lines = [("", "GB a token", *titles)]
+    lines = [("", *(_columns(devices) if several else ("GB a token", *titles)))]
     for model, found in costs.items():
-        cells = []
-        for device in found["devices"]:
-            row = device["contexts"][place]
-            useful = row["longest_context"] >= max(USEFUL, row["context"])
-            cells.append(_rounded(row["tokens_per_s"]) if useful else "–")
-        lines.append((model, _gigabytes(found["devices"][0]["contexts"][place]["bytes_per_token"]), *cells))
+        rows = [device["contexts"][place] for device in found["devices"]]
+        cells = [_rounded(row["tokens_per_s"]) + f", {size(row['memory_bytes'])}" * several for row in rows]
+        useful = [row["longest_context"] >= max(USEFUL, row["context"]) for row in rows]
+        cells = [cell if fits else "–" for cell, fits in zip(cells, useful, strict=True)]
+        lines.append((model, *([] if several else [_gigabytes(rows[0]["bytes_per_token"])]), *cells))
     return table(lines)
+
+
+def contexts_table(costs: dict[str, dict[str, Any]]) -> str:
+    """Return the longest context of one sequence that fits, a line for each model and a column for each device.
+
+    Args:
+        costs: as `models_table` takes them.
+    """
+    lines = [("", *_columns(next(iter(costs.values()))["devices"]))]
+    for model, found in costs.items():
+        longest = (device["longest_context"] for device in found["devices"])
+        lines.append((model, *(f"{tokens:,}" if tokens >= USEFUL else "–" for tokens in longest)))
+    return table(lines)
+
+
+def _columns(devices: list[dict[str, Any]]) -> list[str]:
+    """Return what several devices are called."""
+    if all(_gpus(device) == 1 for device in devices):
+        return [device["name"] for device in devices]
+    return [f"{device['name']}, {_split(device)}" for device in devices]
+
+
+def link_lines(devices: list[dict[str, Any]]) -> list[str]:
+    """Return what is assumed of each link."""
+    links = {link["name"]: link for device in devices for link in device["links"]}
+    return [
+        f"{name}: {link['gb_per_s']:g} GB/s each way, assumed {link['latency_us']:g} µs for an operation"
+        for name, link in links.items()
+    ]
 
 
 def _gpus(device: dict[str, Any]) -> int:

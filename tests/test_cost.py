@@ -51,6 +51,9 @@ def test_the_table(capsys):
     status = main(["inspect", *(row[0] for row in rows), "--device", "h200", "a100", "4090", "3060"])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert status == 0
+    lines, longest = lines[: len(rows)], lines[len(rows) :]
+    assert longest[0] == "longest context of a sequence; calculated, not measured:"
+    assert [line.split()[0] for line in longest[2:]] == [row[0] for row in rows]
     assert head == "tokens a second at most, with 0 tokens of context; calculated, not measured:"
     assert [line.split() for line in lines] == rows
 

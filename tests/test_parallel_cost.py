@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
+import shlex
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +28,10 @@ from ropewalk.errors import UsageError
 from ropewalk.loader.inspect import open_model
 
 H100 = DEVICES["h100"]
-PACKINGS = ["float16", "4b-g128", "4b-g32-act", "3b-none", "3b-g128-act-asym", "8b-none-act-asym", "2b-g64-asym"]
+DOCUMENT = (Path(__file__).parents[1] / "docs/scaling.md").read_text()
+# A command behind a dollar, which may go on over lines, and what it prints up to an empty line.
+SHOWN = re.findall(r"^    \$ (ropewalk (?:.*\\\n)*.*)\n((?:    .+\n)+)", DOCUMENT, flags=re.M)
+PACKINGS = ["float16", "4b-g128", "4b-g32-act", "3b-g128-act-asym", "8b-none-act-asym", "2b-g64-asym"]
 
 
 @cache
@@ -356,7 +362,7 @@ def test_what_the_command_prints(capsys):
     assert "ethernet-100: 12.5 GB/s each way, assumed 42 µs for an operation" in text
     assert "nvlink4: 450 GB/s each way, assumed 10 µs for an operation" in text
     several = inspect(capsys, "llama-2-7b:4b-g128", "mistral-7b:4b-g128", "--device", "4090", "--tensor-parallel", "2")
-    assert several.splitlines()[1].split() == ["GB", "a", "token", "4090,", "TP", "2"]
+    assert several.splitlines()[1].split() == ["4090,", "TP", "2"]
 
 
 def test_a_folder_on_several(capsys):
@@ -364,6 +370,27 @@ def test_a_folder_on_several(capsys):
     found = json.loads(inspect(capsys, "demo", *options))
     assert found["format"] == "gptq"
     assert found["cost"]["devices"][0]["tensor_parallel"] == 2
+
+
+@pytest.mark.parametrize(("command", "printed"), SHOWN)
+def test_the_tables_of_the_document(capsys, command, printed):
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["ropewalk", "inspect"]
+    assert inspect(capsys, *words[2:]).splitlines() == [line[4:] for line in printed.splitlines()]
+
+
+def test_the_document_has_tables_for_all_of_it():
+    assert DOCUMENT.count("$ ropewalk") == len(SHOWN) == 7
+    assert DOCUMENT.count("calculated, not measured:") == sum(printed.count("calculated") for _, printed in SHOWN) == 16
+    with_and_without = [
+        cost(packed("mixtral-8x7b", "4b-g128-act"), [H100], Load([4096], [1, 32]), [Parallel(8, experts=experts)])
+        for experts in (True, False)
+    ]
+    one, many = zip(
+        *([row["tokens_per_s"] for row in each["devices"][0]["contexts"]] for each in with_and_without), strict=True
+    )
+    assert [f"{rate:.0f}" for rate in one] == ["504", "781"]
+    assert [round(rate, -2) for rate in many] == [11700, 11700]
 
 
 @pytest.mark.parametrize(

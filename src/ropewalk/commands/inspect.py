@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         if len(found) == 1 or models[name] is None:
             _say(found[name], out)
     if len(reckoned) > 1:
-        _say_models(found, out)
+        _say_models(found, args, out)
 
 
 def _known(name: str) -> tuple[dict[str, Any], Model] | None:
@@ -216,17 +216,24 @@ def _say(found: dict[str, Any], out: Output) -> None:
         out.say(cost_table(cost))
 
 
-def _say_models(found: dict[str, dict[str, Any]], out: Output) -> None:
-    """Print a table of several models for each context."""
-    from ropewalk.bench.cost import models_table
+def _say_models(found: dict[str, dict[str, Any]], args: argparse.Namespace, out: Output) -> None:
+    """Print a table of several models for each context and batch, and one of what fits unless contexts are given."""
+    from ropewalk.bench.cost import contexts_table, link_lines, models_table
 
     costs = {model: each["cost"] for model, each in found.items() if "cost" in each}
-    for place, row in enumerate(next(iter(costs.values()))["devices"][0]["contexts"]):
-        with_ = f"{row['context']:,} tokens of context"
+    devices = next(iter(costs.values()))["devices"]
+    memory = ", memory of each GPU" if any(device["links"] for device in devices) else ""
+    for place, row in enumerate(devices[0]["contexts"]):
+        asked = f"{row['context']:,} tokens of context"
         if row["batch"] > 1:
-            with_ = f"{row['batch']} sequences of {with_}"
-        out.say(f"tokens a second at most, with {with_}; calculated, not measured:")
+            asked = f"{row['batch']} sequences of {asked}"
+        out.say(f"tokens a second at most{memory}, with {asked}; calculated, not measured:")
         out.say(models_table(costs, place))
+    if args.context is None:
+        out.say("longest context of a sequence; calculated, not measured:")
+        out.say(contexts_table(costs))
+    for line in link_lines(devices):
+        out.say(line)
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
