@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from typing import Any
 
@@ -129,6 +130,7 @@ class Sizes:
         return fits
 
 
+@cache
 def experts_touched(experts: int, chosen: int, tokens: int, ranks: int = 1) -> float:
     """Return how many different experts so many tokens choose of those that one GPU holds, on average, and of the GPU
     with the most of them where the experts are dealt out to several, since the others wait for it.

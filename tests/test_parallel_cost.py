@@ -222,6 +222,8 @@ def test_which_link_is_used():
     assert names(Parallel(2, nnodes=2), ethernet) == [("ethernet-10", None)]
     assert names(Parallel(2, 2, nnodes=2), ethernet) == [("nvlink4", "ethernet-10"), ("nvlink4", None)]
     assert names(Parallel(1, 4, nnodes=2), ethernet) == [(None, n) for n in ("nvlink4", "ethernet-10", "nvlink4", None)]
+    across = [("nvlink4", "ethernet-10"), ("ethernet-10", "ethernet-10"), ("nvlink4", None)]
+    assert names(Parallel(2, 3, nnodes=2), ethernet) == across  # three in each machine
     assert names(Parallel(4, 2, nnodes=4), ethernet) == [("ethernet-10", "ethernet-10"), ("ethernet-10", None)]
 
 
