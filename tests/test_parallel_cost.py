@@ -130,6 +130,24 @@ def test_shares_of_a_folder_add_up(tmp_path, make_checkpoint, name):
     assert got == sizes_of(model).weights + padding + held_several_times(model, Parallel(2))
 
 
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "experts", "weighed"),
+    [("llama", 1, (False,), 657152), ("mixtral", 2, (False, True), 2873600)],
+)
+def test_shares_are_those_of_vllm(monkeypatch, family, kv_heads, experts, weighed):
+    """What each of two CPU ranks of vLLM 0.32 held of such models in 16 bits, which have one head of keys and values
+    for two ranks and a vocabulary that is filled up: bytes of its layers and parameters, and the shape of its cache.
+    """
+    config = {**CONFIGS["mixtral-8x7b" if family == "mixtral" else "llama-2-7b"], "num_hidden_layers": 3}
+    config |= {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "vocab_size": 200}
+    config |= {"num_key_value_heads": kv_heads, "num_local_experts": 6}
+    monkeypatch.setitem(CONFIGS, "small", config)
+    for dealt_out in experts:
+        for sizes in ranks_of(known_model("small:float16"), Parallel(2, experts=dealt_out)):
+            assert sizes.weights == weighed
+            assert sizes.cached == 64  # [blocks, 1, 128, 64]
+
+
 def test_one_gpu_is_the_model():
     for name in ("codellama-34b", "mixtral-8x7b", "mpt-7b"):
         model = packed(name, "4b-g128-act")
