@@ -3,8 +3,8 @@ with ropewalk's method for packed layers. Nothing is run.
 
 Tensor parallelism splits every layer over n GPUs: q, k, v, gate, up and both embeddings by columns; o and down by rows
 with their groups, or, where rows cannot be cut so (act-order, groups that do not divide), by columns of all rows. Then
-the input is gathered first. Experts are cut by gate's and up's columns and down's sorted rows, or with expert
-parallelism dealt out whole. A layer's keys and values are split by heads; where there are fewer heads than GPUs,
+the input is gathered first. Experts are cut by gate's and up's columns and down's sorted rows in whole groups, or with
+expert parallelism dealt out whole. A layer's keys and values are split by heads; where there are fewer heads than GPUs,
 several hold the same one. Pipeline parallelism puts blocks on stages one after the other, each of n GPUs.
 
 For a token a block takes two all-reduces of `hidden` numbers, and an all-gather of the input of each layer that is cut
@@ -232,11 +232,22 @@ def _cut(part: Part, n: int, heads: int) -> Part:
     if _is_row(part):
         if _by_columns(part, n):
             return _fitting(part._replace(shape=(_divided(part.shape[0], n, part, "columns"), part.shape[1])), n)
-        return _fitting(part._replace(shape=(part.shape[0], _divided(part.shape[1], n, part, "rows"))), n)
+        return _fitting(_cut_rows(part, n), n)
     if not is_small(part):
         known = ", ".join(sorted(_COLUMNS | _ROWS))
         raise UsageError(f"--tensor-parallel: expected layers called {known}, found {part.name}")
     return part
+
+
+def _cut_rows(part: Part, n: int) -> Part:
+    """Return some rows of a layer; of an expert in the order of all, so that a share needs none of its own."""
+    rows, packing = _divided(part.shape[1], n, part, "rows"), part.packing
+    if packing is not None and packing.group_size != -1 and rows % packing.group_size:
+        raise UsageError(
+            f"--tensor-parallel: expected a share of {part.name} that is whole groups of {packing.group_size}, "
+            f"found {n} GPUs for {part.shape[1]} rows"
+        )
+    return part._replace(shape=(part.shape[0], rows), packing=packing and packing._replace(desc_act=False))
 
 
 def _layer_name(part: Part) -> str:
@@ -249,9 +260,11 @@ def _is_row(part: Part) -> bool:
 
 def _by_columns(part: Part, n: int) -> bool:
     """Tell whether a layer whose input is split is cut by columns all the same, and its input gathered."""
-    if part.packing is None or part.packing.group_size == -1 or EXPERT.fullmatch(part.name):
+    if part.packing is None or EXPERT.fullmatch(part.name):
         return False
-    return part.packing.act_order or part.shape[1] // n % part.packing.group_size != 0
+    rows, packing = part.shape[1] // n, part.packing
+    in_groups = packing.group_size == -1 or rows % packing.group_size == 0
+    return packing.act_order or not in_groups or rows * packing.bits % 32 != 0
 
 
 def _divided(count: int, n: int, part: Part, what: str) -> int:

@@ -65,14 +65,10 @@ def held_several_times(model, parallel):
             total += (n - 1) * part.nbytes
             continue
         order = 4 * part.shape[1] if part.packing and part.packing.act_order else 0
-        if not (expert and row):
-            total += (n - 1) * order
-        if row and part.packing and (expert or not part.packing.act_order):  # a group at a cut is on both sides of it
-            columns, rows = part.shape
-            group, zeros = part.packing.group_size, 0 if part.packing.sym else part.packing.bits
-            extra = n - 1 if group == -1 else n * -(-rows // n // group) + -rows // group
-            if expert or extra == 0 or group == -1:  # else its columns are cut
-                total += extra * (2 * columns + columns * zeros // 8)
+        total += -order if expert and row else (n - 1) * order  # down's sorted rows need no order
+        if row and part.packing and part.packing.group_size == -1:  # one group, whose scales every row needs
+            columns, zeros = part.shape[0], 0 if part.packing.sym else part.packing.bits
+            total += (n - 1) * (2 * columns + columns * zeros // 8)
         if name in ("k_proj", "v_proj") and n > kv:
             total += (part.nbytes - order) * (n // kv - 1)
     if parallel.pipeline > 1 and is_tied(model):
@@ -120,7 +116,7 @@ def test_experts_that_do_not_divide_go_to_the_first(monkeypatch):
 @pytest.mark.parametrize("name", ["airophin", "mpt", "mixtral", "qwen2_moe", "qwen2"])
 def test_shares_of_a_folder_add_up(tmp_path, make_checkpoint, name):
     """Biases, routers, shared experts, and the names that files have."""
-    make_checkpoint(tmp_path, name, sym=False)
+    make_checkpoint(tmp_path, name, sym=False, group_size=16)
     model = model_of_checkpoint(*open_model(tmp_path))
     embeddings = [
         part.shape for part in model.parts if part.name.endswith(("embed_tokens.weight", "wte.weight", "head.weight"))
@@ -315,6 +311,11 @@ def test_a_batch_reads_weights_once_and_each_its_own_cache():
         ("mixtral-8x7b", Parallel(16, experts=True), "--expert-parallel: expected at most 8 GPUs .* found 16"),
         ("llama-2-13b", Parallel(4, nnodes=3), "--nnodes: expected a divisor of 4 GPUs, found 3"),
         ("llama-2-13b", Parallel(4, nnodes=2), "--link: expected what connects the 2 machines, found none"),
+        (
+            "mixtral-8x7b",
+            Parallel(32),
+            "expected a share of .*experts.0.down_proj .* whole groups of 128, found 32 GPUs",
+        ),
         ("llama-2-13b", Parallel(20), "expected a divisor of the 13824 columns of .*gate_proj, found 20"),
         ("llama-2-7b", Parallel(16), "expected a share of .*gate_proj that can be packed, found 16: .* 32 for 3 bits"),
     ],
@@ -409,7 +410,7 @@ def test_the_document_has_tables_for_all_of_it():
     one, many = zip(
         *([row["tokens_per_s"] for row in each["devices"][0]["contexts"]] for each in with_and_without), strict=True
     )
-    assert [f"{rate:.0f}" for rate in one] == ["504", "781"]
+    assert [f"{rate:.0f}" for rate in one] == ["504", "782"]
     assert [round(rate, -2) for rate in many] == [11700, 11700]
 
 
