@@ -1,313 +1,233 @@
-"""What a model costs on a device, by arithmetic: bytes that a token needs read, the tokens a second that a device's
-memory allows at best, the memory that a context takes, and the longest that fits. Nothing is run.
+"""What a model costs on devices, by arithmetic: bytes that a token needs read, the tokens a second that a device's
+memory and the links between several allow at best, the memory that a context takes, and the longest that fits.
 
-A token of a batch of one reads every weight once (of experts those that are chosen), the output embedding, a row of the
-input embedding, and the keys and values of all tokens before it, so
+Nothing is run. What is read and held is in `ropewalk.bench.sizes`, how several GPUs share it in
+`ropewalk.bench.parallel`; so
 
-    tokens/s <= bandwidth / (packed layers + output embedding + norms, biases and routers + keys and values)
-
-with b + 16 / g bits for a packed weight (b / g more where zero points differ, 32 / N more for act-order; as files hold
-them, while our layout for the GPU keeps a zero point in 8 bits), and
-2 * layers * heads of k * channels numbers for each token of context. Memory is the weights, the keys and values, and
-what a prompt needs while it is computed (`Sizes.work_bytes`), which is an estimate.
+    tokens/s <= batch / (bytes of a step / bandwidth + time on the links)
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from ropewalk.bench.devices import RESERVED, Device
-from ropewalk.bench.known_models import Part, known_model, packed_bytes, parse_known, split
-from ropewalk.bench.shapes import Packing
-from ropewalk.gptq.format import is_symmetric
-from ropewalk.loader.checkpoint import Checkpoint
-from ropewalk.loader.packed_layer import PackedLayer
-from ropewalk.loader.reader import Reader
-from ropewalk.loader.rope import RopeDecision, context_length
+from ropewalk.bench.devices import RESERVED, Device, Link
+from ropewalk.bench.known_models import Model
+from ropewalk.bench.parallel import Parallel, Stage, part_of, round_seconds, stages_of
+from ropewalk.bench.sizes import sizes_of
 from ropewalk.terminal import size, table
 
-LONGEST = 1 << 24  # tokens; no longer context is looked for
 USEFUL = 1024  # tokens of context without which a model is of no use on a device
 
-_EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)(?:\.weight)?")
-_HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)(?:\.weight)?")
-_EXPERT = re.compile(r".+\.experts\.(\d+)\..+")
-_UNUSED = re.compile(r".+rotary_emb\.inv_freq|.+\.(?:attn|attention)\.(?:masked_)?bias")  # computed afresh
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a model takes memory and is read.
+class Load(NamedTuple):
+    """What is asked of a model.
 
     Attributes:
-        packing: in words of --pack, "float16", or "4b-g32-act and others" where layers differ.
-        packed, packed_read: bytes of the linear layers of the blocks, all of them and those that a token reads.
-        head: bytes of the output embedding.
-        embedding: bytes of the input embedding, 0 where it is the output embedding.
-        others: bytes of everything else.
-        layers: of attention.
-        window: tokens that the cache of a layer is limited to, or None.
-        cached: numbers that a token adds to the cache of a layer: keys and values.
-        hidden, widest: numbers of a token between the blocks, and in the widest layer (of all its experts together).
-        largest: weights of the largest packed layer.
-        score_heads: heads whose attention is written out, tokens by tokens; 0 with a fused attention.
-        context: tokens that the model was made for.
+        contexts: tokens.
+        batches: sequences at once, each with so much context.
+        kv_bits: 16 or 8, of a number in the cache.
+        chunk: tokens of a prompt that are computed at once; None for all.
     """
 
-    packing: str
-    packed: int
-    packed_read: float
-    head: int
-    embedding: int
-    others: int
-    layers: int
-    window: int | None
-    cached: int
-    hidden: int
-    widest: int
-    largest: int
-    score_heads: int
-    context: int
-
-    @property
-    def weights(self) -> int:
-        """Bytes of all weights."""
-        return self.packed + self.head + self.embedding + self.others
-
-    def cache_bytes(self, context: int, kv_bits: int = 16) -> int:
-        """Return the bytes of keys and values of `context` tokens; scales that 8 bits may need are not counted."""
-        return min(context, self.window or context) * self.layers * self.cached * kv_bits // 8
-
-    def token_bytes(self, context: int, kv_bits: int = 16) -> float:
-        """Return the fewest bytes that must be read for the token after `context` others."""
-        return self.packed_read + self.head + self.others + 2 * self.hidden + self.cache_bytes(context, kv_bits)
-
-    def work_bytes(self, tokens: int) -> int:
-        """Estimate what so many tokens of a prompt, computed at once in 16 bits, need beside weights and cache.
-
-        In the MLP of a block four results of the width between blocks and three of the widest layer are alive, for each
-        token; in an attention that is not fused, 12 bytes for each score and six results of the width between blocks
-        (tests/test_cost.py measures both). The largest packed layer is written out in 16 bits, as ours is for a prompt.
-        """
-        mlp = 2 * tokens * (4 * self.hidden + 3 * self.widest)
-        attention = 12 * self.score_heads * tokens**2 + 2 * tokens * 6 * self.hidden
-        return max(mlp, attention) + 2 * self.largest
-
-    def memory(self, context: int, kv_bits: int = 16, chunk: int | None = None) -> int:
-        """Return the bytes that a context of so many tokens needs, its prompt computed in parts of `chunk` tokens."""
-        tokens = min(max(context, 1), chunk or LONGEST)
-        return self.weights + self.cache_bytes(context, kv_bits) + self.work_bytes(tokens)
-
-    def longest_context(self, nbytes: int, kv_bits: int = 16, chunk: int | None = None) -> int:
-        """Return the most tokens of context that fit in so many bytes, up to LONGEST; 0 where not even one does."""
-        fits, too_long = 0, LONGEST + 1
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if self.memory(middle, kv_bits, chunk) <= nbytes:
-                fits = middle
-            else:
-                too_long = middle
-        return fits
-
-
-def sizes_of_known(text: str) -> Sizes | None:
-    """Return the sizes of a model that is not here, as llama-2-13b:4b-g32; None where nothing is known by the name.
-
-    Raises:
-        UsageError: a packing that says nothing, or that the model does not fit.
-    """
-    found = parse_known(text)
-    if found is None:
-        return None
-    config, parts = known_model(*found)
-    return _sizes(config, parts, found[1].name if found[1] else "float16")
-
-
-def sizes_of_checkpoint(checkpoint: Checkpoint, rope: RopeDecision) -> Sizes:
-    """Return the sizes of a model from its headers and its config; only zero points are read, to see whether they
-    differ.
-
-    Raises:
-        CheckpointError: a config that transformers does not take.
-    """
-    from ropewalk.loader.rotary import rope_types
-    from ropewalk.loader.skeleton import model_config
-
-    with rope_types():
-        config = model_config(checkpoint, rope)
-    parts, packings = [], set()
-    with checkpoint.reader() as reader:
-        for layer in checkpoint.layers.values():
-            packing = _packing_of(layer, reader)
-            packings.add(packing)
-            nbytes = packed_bytes(layer.in_features, layer.out_features, packing)
-            nbytes += 2 * layer.out_features if layer.has_bias else 0
-            parts.append(Part(layer.name, (layer.out_features, layer.in_features), nbytes, True))
-    for name in checkpoint.plain_tensors():
-        for part, shape in split(name, checkpoint.tensors[name].shape):
-            parts.append(Part(part, shape, 2 * math.prod(shape), False))
-    names = sorted(packing.name for packing in packings) or ["float16"]
-    return _sizes(config, parts, names[0] + (" and others" if len(names) > 1 else ""))
-
-
-def _packing_of(layer: PackedLayer, reader: Reader) -> Packing:
-    settings = layer.settings
-    zeros = reader.read_zeros(layer)
-    symmetric = is_symmetric(zeros, settings.bits, settings.checkpoint_format)
-    return Packing(settings.bits, settings.group_size, bool(settings.desc_act and layer.has_g_idx), symmetric)
-
-
-def _sizes(config: Any, parts: Iterable[Part], packing: str) -> Sizes:
-    """Sort a model's parts by what they are for."""
-    text = config.get_text_config()
-    parts = [part for part in parts if not _UNUSED.fullmatch(part.name)]
-    experts = max((int(found[1]) + 1 for part in parts if (found := _EXPERT.fullmatch(part.name))), default=1)
-    chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
-    embedding = sum(part.nbytes for part in parts if _EMBEDDING.fullmatch(part.name))
-    head = sum(part.nbytes for part in parts if _HEAD.fullmatch(part.name))
-    if config.tie_word_embeddings or not head:
-        embedding, head = 0, embedding
-    packed, read, others, widest, largest = 0, 0.0, 0, 0, 0
-    for part in parts:
-        if _EMBEDDING.fullmatch(part.name) or _HEAD.fullmatch(part.name):
-            continue
-        if len(part.shape) < 2 or (not part.packed and min(part.shape) < 64):  # norms, biases; routers and gates of one
-            others += part.nbytes
-            continue
-        of_expert = _EXPERT.fullmatch(part.name) is not None
-        packed, read = packed + part.nbytes, read + part.nbytes * (chosen / experts if of_expert else 1)
-        widest = max(widest, max(part.shape) * (chosen if of_expert else 1))
-        if part.packed:
-            largest = max(largest, part.shape[0] * part.shape[1])
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Sizes(
-        packing=packing,
-        packed=packed,
-        packed_read=read,
-        head=head,
-        embedding=embedding,
-        others=others,
-        layers=text.num_hidden_layers,
-        window=_window(text),
-        cached=2 * kv_heads * head_dim,
-        hidden=text.hidden_size,
-        widest=widest,
-        largest=largest,
-        score_heads=0 if _is_fused(config) else heads,
-        context=context_length(text),
-    )
-
-
-def _window(text: Any) -> int | None:
-    """Return the window that all layers' caches are limited to, or None where some layer sees everything."""
-    kinds = getattr(text, "layer_types", None) or []
-    return None if "full_attention" in kinds else getattr(text, "sliding_window", None) or None
-
-
-def _is_fused(config: Any) -> bool:
-    """Tell whether transformers computes the attention of a family without writing out its scores."""
-    from transformers import AutoModelForCausalLM
-
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return bool(getattr(model_class, "_supports_sdpa", False))
+    contexts: Sequence[int]
+    batches: Sequence[int] = (1,)
+    kv_bits: int = 16
+    chunk: int | None = None
 
 
 def cost(
-    sizes: Sizes, devices: Iterable[Device], contexts: Iterable[int], kv_bits: int = 16, chunk: int | None = None
+    model: Model,
+    devices: Iterable[Device],
+    load: Load,
+    parallels: Iterable[Parallel] = (Parallel(),),
+    link: Link | None = None,
 ) -> dict[str, Any]:
     """Return what a model costs on devices, as `ropewalk inspect --json` has it.
 
     Args:
-        contexts: tokens.
-        kv_bits: 16 or 8, of a number in the cache.
-        chunk: tokens of a prompt that are computed at once; None for all.
+        parallels: numbers of each device that share it.
+        link: as `stages_of` takes it.
+
+    Raises:
+        UsageError: a model that is not split so.
     """
-    contexts = list(contexts)
+    sizes, parallels = sizes_of(model), list(parallels)
+    places = [(device, parallel) for device in devices for parallel in parallels]
     return {
         "packing": sizes.packing,
         "bytes": {
             "packed": sizes.packed,
-            "packed_of_a_token": sizes.packed_read,
+            "packed_of_a_token": sizes.packed_read(),
             "output_embedding": sizes.head,
             "input_embedding": sizes.embedding,
             "other": sizes.others,
-            "cache_of_a_token": sizes.cached * sizes.layers * kv_bits // 8,
+            "cache_of_a_token": sizes.cached * sizes.layers * load.kv_bits // 8,
         },
-        "kv_bits": kv_bits,
-        "prefill_chunk": chunk,
+        "kv_bits": load.kv_bits,
+        "prefill_chunk": load.chunk,
         "context": sizes.context,
-        "devices": [_on(sizes, device, contexts, kv_bits, chunk) for device in devices],
+        "devices": [
+            _on(stages_of(model, parallel, device, link), device, parallel, load) for device, parallel in places
+        ],
     }
 
 
-def _on(sizes: Sizes, device: Device, contexts: list[int], kv_bits: int, chunk: int | None) -> dict[str, Any]:
+def _on(stages: list[Stage], device: Device, parallel: Parallel, load: Load) -> dict[str, Any]:
+    ranks = [sizes for stage in stages for sizes in stage.ranks]
     room = device.memory_bytes - RESERVED
+    longest = {
+        batch: min(sizes.longest_context(room, load.kv_bits, load.chunk, batch) for sizes in ranks)
+        for batch in load.batches
+    }
     rows = []
-    for context in contexts:
-        token, memory = sizes.token_bytes(context, kv_bits), sizes.memory(context, kv_bits, chunk)
-        cache = sizes.cache_bytes(context, kv_bits)
-        rows.append(
-            {
-                "context": context,
-                "bytes_per_token": token,
-                "limit_tokens_per_s": device.read_gb_per_s * 1e9 / token,
-                "memory_bytes": memory,
-                "cache_bytes": cache,
-                "work_bytes": memory - cache - sizes.weights,
-                "fits": memory <= room,
-            }
-        )
-    longest = sizes.longest_context(room, kv_bits, chunk)
-    return {**device._asdict(), "longest_context": longest, "contexts": rows}
+    for context in load.contexts:
+        for batch in load.batches:
+            fullest = max(ranks, key=lambda sizes: sizes.memory(context, load.kv_bits, load.chunk, batch))
+            memory = fullest.memory(context, load.kv_bits, load.chunk, batch)
+            cache = batch * fullest.cache_bytes(context, load.kv_bits)
+            rows.append(
+                {
+                    "context": context,
+                    "batch": batch,
+                    **_rates(stages, device, context, load.kv_bits, batch),
+                    "memory_bytes": memory,
+                    "cache_bytes": cache,
+                    "work_bytes": memory - cache - fullest.weights,
+                    "fits": memory <= room,
+                    "longest_context": longest[batch],
+                }
+            )
+    links = {link.name: link._asdict() for stage in stages for link in (stage.link, stage.next_link) if link}
+    return {
+        **device._asdict(),
+        "tensor_parallel": parallel.tensor,
+        "pipeline_parallel": parallel.pipeline,
+        "expert_parallel": parallel.experts,
+        "nnodes": parallel.nnodes,
+        "links": list(links.values()),
+        "weights_bytes": max(sizes.weights for sizes in ranks),
+        "longest_context": longest[load.batches[0]],
+        "contexts": rows,
+    }
+
+
+def _rates(stages: list[Stage], device: Device, context: int, kv_bits: int, batch: int) -> dict[str, float]:
+    """Return the bytes that the GPU that reads the most needs for a token of each sequence, and tokens a second."""
+    part = part_of(batch, len(stages))
+    read = [stage.read_seconds(device, context, kv_bits, part) for stage in stages]
+    links = [stage.link_seconds(part) for stage in stages]
+    both = [sum(each) for each in zip(read, links, strict=True)]
+    step = max(sizes.step_bytes(context, kv_bits, part) for stage in stages for sizes in stage.ranks)
+    return {
+        "bytes_per_token": step / part,
+        "limit_tokens_per_s": batch / round_seconds(read, batch),
+        "link_s": sum(links),
+        "tokens_per_s": batch / round_seconds(both, batch),
+    }
 
 
 def cost_table(found: dict[str, Any]) -> str:
-    """Return what `ropewalk inspect --device` prints of one model: a line for each device and context."""
-    lines = [("", "GB/s", "context", "GB a token", "tokens/s at most", "memory", "", "longest context")]
-    for device in found["devices"]:
+    """Return what `ropewalk inspect --device` prints of one model: a line for each device, context and batch."""
+    devices = found["devices"]
+    several = any(_gpus(device) > 1 for device in devices)
+    batches = any(row["batch"] > 1 for device in devices for row in device["contexts"])
+    lines: list[tuple[str, ...]] = [
+        (
+            *(("", "GPUs", "GB/s of each") if several else ("", "GB/s")),
+            "context",
+            *(("batch",) if batches else ()),
+            "GB a token",
+            *(("ms on links", "tokens/s by memory") if several else ()),
+            *("tokens/s at most", "memory", "", "longest context"),
+        )
+    ]
+    for device in devices:
         for i, row in enumerate(device["contexts"]):
-            first = i == 0
+            head = [device["title"], *([_split(device)] if several else []), f"{device['read_gb_per_s']:.0f}"]
+            linked = (f"{row['link_s'] * 1e3:.2f}", _rounded(row["limit_tokens_per_s"]))
             lines.append(
                 (
-                    device["title"] if first else "",
-                    f"{device['read_gb_per_s']:.0f}" if first else "",
+                    *(head if i == 0 else [""] * len(head)),
                     f"{row['context']:,}",
+                    *((str(row["batch"]),) if batches else ()),
                     _gigabytes(row["bytes_per_token"]),
-                    _rounded(row["limit_tokens_per_s"]),
+                    *(linked if several else ()),
+                    _rounded(row["tokens_per_s"]),
                     size(row["memory_bytes"]),
                     "fits" if row["fits"] else "too much",
-                    f"{device['longest_context']:,}" if first else "",
+                    f"{row['longest_context']:,}" if i == 0 or batches else "",
                 )
             )
-    sources = (f"{device['name']} {device['source']}" for device in found["devices"])
-    return f"{table(lines)}\nGB/s: {'; '.join(sources)}"
+    sources = dict.fromkeys(f"{device['name']} {device['source']}" for device in devices)
+    text = f"{table(lines)}\nGB/s: {'; '.join(sources)}"
+    text += "".join(f"\n{line}" for line in link_lines(devices))
+    return text + ("\nGB a token and memory: of the GPU that has the most" if several else "")
 
 
 def models_table(costs: dict[str, dict[str, Any]], place: int) -> str:
-    """Return tokens a second at most, a line for each model and a column for each device.
+    """Return tokens a second at most, a line for each model and a column for each device; of several GPUs with the
+    memory of the one that holds the most.
 
     "–" is where fewer than USEFUL tokens of context fit.
 
     Args:
         costs: model -> what --json has of it as "cost"; all with the same devices.
-        place: which of the contexts.
+        place: which of the contexts and batches.
     """
     devices = next(iter(costs.values()))["devices"]
-    lines = [("", "GB a token", *(f"{device['name']} ({device['read_gb_per_s']:.0f} GB/s)" for device in devices))]
+    several = any(_gpus(device) > 1 for device in devices)
+    titles = [f"{device['name']} ({device['read_gb_per_s']:.0f} GB/s)" for device in devices]
+    lines = [("", *(_columns(devices) if several else ("GB a token", *titles)))]
     for model, found in costs.items():
-        cells = []
-        for device in found["devices"]:
-            row = device["contexts"][place]
-            useful = device["longest_context"] >= max(USEFUL, row["context"])
-            cells.append(_rounded(row["limit_tokens_per_s"]) if useful else "–")
-        lines.append((model, _gigabytes(found["devices"][0]["contexts"][place]["bytes_per_token"]), *cells))
+        rows = [device["contexts"][place] for device in found["devices"]]
+        cells = [_rounded(row["tokens_per_s"]) + f", {size(row['memory_bytes'])}" * several for row in rows]
+        useful = [row["longest_context"] >= max(USEFUL, row["context"]) for row in rows]
+        cells = [cell if fits else "–" for cell, fits in zip(cells, useful, strict=True)]
+        lines.append((model, *([] if several else [_gigabytes(rows[0]["bytes_per_token"])]), *cells))
     return table(lines)
+
+
+def contexts_table(costs: dict[str, dict[str, Any]]) -> str:
+    """Return the longest context of one sequence that fits, a line for each model and a column for each device.
+
+    Args:
+        costs: as `models_table` takes them.
+    """
+    lines = [("", *_columns(next(iter(costs.values()))["devices"]))]
+    for model, found in costs.items():
+        longest = (device["longest_context"] for device in found["devices"])
+        lines.append((model, *(f"{tokens:,}" if tokens >= USEFUL else "–" for tokens in longest)))
+    return table(lines)
+
+
+def _columns(devices: list[dict[str, Any]]) -> list[str]:
+    """Return what several devices are called."""
+    if all(_gpus(device) == 1 for device in devices):
+        return [device["name"] for device in devices]
+    return [f"{device['name']}, {_split(device)}" for device in devices]
+
+
+def link_lines(devices: list[dict[str, Any]]) -> list[str]:
+    """Return what is assumed of each link."""
+    links = {link["name"]: link for device in devices for link in device["links"]}
+    return [
+        f"{name}: {link['gb_per_s']:g} GB/s each way, assumed {link['latency_us']:g} µs for an operation"
+        for name, link in links.items()
+    ]
+
+
+def _gpus(device: dict[str, Any]) -> int:
+    return int(device["tensor_parallel"] * device["pipeline_parallel"])
+
+
+def _split(device: dict[str, Any]) -> str:
+    """Return how many GPUs, as "TP 2" or "TP 2 x PP 2"."""
+    tensor, pipeline = device["tensor_parallel"], device["pipeline_parallel"]
+    if pipeline == 1:
+        return f"TP {tensor}" if tensor > 1 else "1"
+    return f"PP {pipeline}" if tensor == 1 else f"TP {tensor} x PP {pipeline}"
 
 
 def _gigabytes(nbytes: float) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ropewalk.bench.cost import Sizes
 from ropewalk.bench.devices import RESERVED, Device
+from ropewalk.bench.sizes import Sizes
 
 STYLES = ("-", "--", "-.", ":")
 POINTS = 100
@@ -45,7 +45,7 @@ def plot_cost(
             fits = [n for n, need in zip(contexts, needs, strict=True) if need <= room]
             if not fits:
                 continue
-            limits = [device.read_gb_per_s * 1e9 / sizes.token_bytes(n, kv_bits) for n in fits]
+            limits = [device.read_gb_per_s * 1e9 / sizes.step_bytes(n, kv_bits) for n in fits]
             one = len(models) == 1
             label = device.name if one else f"{name}, {device.name}"
             colour, style = (f"C{k + 1}", "-") if one else (f"C{i}", STYLES[k % len(STYLES)])

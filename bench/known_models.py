@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -50,12 +51,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Part(NamedTuple):
-    """A tensor of a model, or a packed layer: its name, shape ([N, K] of a layer), bytes, and whether it is packed."""
+    """A tensor of a model in 16 bits, or a packed layer: its name, shape ([N, K] of a layer), and how it is packed."""
 
     name: str
     shape: tuple[int, ...]
-    nbytes: int
-    packed: bool
+    packing: Packing | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept and read.
+
+        Raises:
+            FormatError: a packing that the layer does not fit.
+        """
+        if self.packing is None:
+            return 2 * math.prod(self.shape)
+        return packed_bytes(self.shape[1], self.shape[0], self.packing)
+
+
+class Model(NamedTuple):
+    """What is reckoned with: transformers' config, all parts, and the packing in words ("4b-g32-act and others")."""
+
+    config: Any
+    parts: list[Part]
+    packing: str
 
 
 def parse_known(text: str) -> tuple[str, Packing | None] | None:
@@ -78,25 +97,30 @@ def parse_known(text: str) -> tuple[str, Packing | None] | None:
         ) from None
 
 
-def known_model(name: str, packing: Packing | None) -> tuple[Any, list[Part]]:
-    """Return transformers' config of one of CONFIGS and its parts, had it been packed so; nothing is allocated.
+def known_model(text: str) -> Model | None:
+    """Return a model that is not here, as llama-2-13b:4b-g32; None where nothing is known by the name.
 
-    Args:
-        packing: of all linear layers but routers and the output embedding; None for float16.
+    All linear layers are packed but routers and the output embedding; nothing is allocated.
 
     Raises:
-        UsageError: a packing that its layers do not fit.
+        UsageError: a packing that says nothing, or that the model does not fit.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    found = parse_known(text)
+    if found is None:
+        return None
+    name, packing = found
     config = CONFIG_MAPPING[CONFIGS[name]["model_type"]].from_dict(CONFIGS[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    parts = list(_parts(model, packing))
     try:
-        return config, list(_parts(model, packing))
+        sum(part.nbytes for part in parts)
     except FormatError as error:
         raise UsageError(f"MODEL: {name} in {packing and packing.name}: {error}") from None
+    return Model(config, parts, packing.name if packing else "float16")
 
 
 def _parts(model: nn.Module, packing: Packing | None) -> Iterator[Part]:
@@ -109,9 +133,9 @@ def _parts(model: nn.Module, packing: Packing | None) -> Iterator[Part]:
     for name, tensor in model.named_parameters():
         for part, shape in split(name, tuple(tensor.shape)):
             if part in linear or part != name:
-                yield _layer(part.removesuffix(".weight"), shape, packing)
+                yield Part(part.removesuffix(".weight"), shape, packing)
             else:
-                yield Part(name, shape, 2 * tensor.numel(), False)
+                yield Part(name, shape)
 
 
 def split(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -124,13 +148,6 @@ def split(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, .
     for expert in range(shape[0]):
         for half in halves:
             yield f"{stack}.{expert}.{half}", (shape[1] // len(halves), shape[2])
-
-
-def _layer(name: str, shape: tuple[int, ...], packing: Packing | None) -> Part:
-    rows, columns = shape[1], shape[0]
-    if packing is None:
-        return Part(name, shape, 2 * rows * columns, False)
-    return Part(name, shape, packed_bytes(rows, columns, packing), True)
 
 
 def packed_bytes(in_features: int, out_features: int, packing: Packing) -> int:

@@ -9,11 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ropewalk.bench import devices
-from ropewalk.bench.cost import LONGEST, cost, models_table, sizes_of_checkpoint, sizes_of_known
+from ropewalk.bench.cost import Load, cost, models_table
 from ropewalk.bench.devices import DEVICES, RESERVED
-from ropewalk.bench.known_models import CONFIGS
+from ropewalk.bench.known_models import CONFIGS, known_model
 from ropewalk.bench.model import packed_model
 from ropewalk.bench.shapes import parse_packing
+from ropewalk.bench.sizes import LONGEST, model_of_checkpoint, sizes_of
 from ropewalk.cli import main
 from ropewalk.errors import UsageError
 from ropewalk.loader.inspect import open_model
@@ -34,6 +35,10 @@ mixtral-8x7b:4b-g128    6.77  635  301    –   –
 """
 
 
+def sizes_of_known(text):
+    return sizes_of(known_model(text))
+
+
 def inspect_json(capsys, *arguments):
     status = main(["inspect", *map(str, arguments), "--json"])
     captured = capsys.readouterr()
@@ -46,6 +51,9 @@ def test_the_table(capsys):
     status = main(["inspect", *(row[0] for row in rows), "--device", "h200", "a100", "4090", "3060"])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert status == 0
+    lines, longest = lines[: len(rows)], lines[len(rows) :]
+    assert longest[0] == "longest context of a sequence; calculated, not measured:"
+    assert [line.split()[0] for line in longest[2:]] == [row[0] for row in rows]
     assert head == "tokens a second at most, with 0 tokens of context; calculated, not measured:"
     assert [line.split() for line in lines] == rows
 
@@ -99,7 +107,7 @@ def test_experts_are_read_where_they_are_chosen():
     attention = 32 * 2 * (2 * 4096**2 + 2 * 4096 * 1024)
     experts = 32 * 2 * 8 * 3 * 4096 * 14336
     assert sizes.packed == attention + experts
-    assert sizes.packed_read == attention + experts / 4
+    assert sizes.packed_read() == attention + experts / 4
     assert sizes.widest == 2 * 14336  # two experts at once
 
 
@@ -157,9 +165,9 @@ def test_the_work_space_of_a_prompt_is_what_transformers_allocates(monkeypatch, 
 @pytest.mark.parametrize("packing", ["4b-g32", "3b-g128-act", "8b-none"])
 def test_a_folder_costs_what_the_decode_benchmark_counts(tmp_path, packing):
     model = packed_model("tiny", parse_packing(packing), tmp_path, torch.device("cpu"), rounded=False)
-    sizes = sizes_of_checkpoint(*open_model(model.folder))
+    sizes = sizes_of(model_of_checkpoint(*open_model(model.folder)))
     for context in (0, 100):
-        assert sizes.token_bytes(context) == model.step_bytes(context)
+        assert sizes.step_bytes(context) == model.step_bytes(context)
     assert sizes.packing == packing
 
 
@@ -168,7 +176,7 @@ def test_a_folder_weighs_what_is_in_it(tmp_path, make_checkpoint, name):
     """Of symmetric zero points and orders that are none nothing is kept; all else is counted once."""
     make_checkpoint(tmp_path, name, sym=False)
     checkpoint, rope = open_model(tmp_path)
-    sizes = sizes_of_checkpoint(checkpoint, rope)
+    sizes = sizes_of(model_of_checkpoint(checkpoint, rope))
     assert sizes.packing.endswith("-asym")
     stored = sum(entry.nbytes for entry in checkpoint.tensors.values())
     orders = sum(4 * layer.in_features for layer in checkpoint.layers.values() if "act" not in sizes.packing)
@@ -176,7 +184,7 @@ def test_a_folder_weighs_what_is_in_it(tmp_path, make_checkpoint, name):
     wide = sum(entry.nbytes for entry in plain if entry.dtype == torch.float32) // 2  # 16 bits are reckoned with
     assert sizes.weights == stored - orders - wide
     experts = [layer for layer in checkpoint.layers if ".experts." in layer]
-    assert (sizes.packed_read < sizes.packed) == bool(experts)
+    assert (sizes.packed_read() < sizes.packed) == bool(experts)
 
 
 def test_inspect_a_folder_on_devices(capsys, tmp_path):
@@ -220,7 +228,7 @@ def test_several_models_and_one_that_is_here(capsys):
         (["llama-2-13b"], "expected a packing after llama-2-13b"),
         (["llama-2-13b:5b-g128"], "expected a packing after llama-2-13b"),
         (["demo", "--context", "5"], "--device: expected one with --context"),
-        (["demo", "--plot", "a.png"], "--device: expected one with --context"),
+        (["demo", "--plot", "a.png"], "--device: expected one with --plot"),
         (["mpt-7b:4b-g128", "--plot", "nowhere/a.png"], "--plot: expected a folder to write to"),
     ],
 )
@@ -233,13 +241,13 @@ def test_a_packing_that_does_not_fit_and_a_device_that_is_none(monkeypatch):
     monkeypatch.setitem(CONFIGS, "odd", {**CONFIGS["llama-2-7b"], "intermediate_size": 11001})
     with pytest.raises(UsageError, match="MODEL: odd in 4b-g128"):
         sizes_of_known("odd:4b-g128")
-    assert sizes_of_known("user/model:main") is None
+    assert known_model("user/model:main") is None
     with pytest.raises(SystemExit):
         main(["inspect", "demo", "--device", "abacus"])
 
 
 def test_what_does_not_fit_says_so():
-    sizes = sizes_of_known("llama-2-70b:4b-g128")
-    (row,) = cost(sizes, [DEVICES["4090"]], [0])["devices"][0]["contexts"]
+    model = known_model("llama-2-70b:4b-g128")
+    (row,) = cost(model, [DEVICES["4090"]], Load([0]))["devices"][0]["contexts"]
     assert not row["fits"]
-    assert row["memory_bytes"] == sizes.memory(0)
+    assert row["memory_bytes"] == sizes_of(model).memory(0)

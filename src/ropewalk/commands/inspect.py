@@ -12,16 +12,22 @@ from ropewalk.shipped import resolve
 from ropewalk.terminal import Output, size
 
 if TYPE_CHECKING:
-    from ropewalk.bench.cost import Sizes
-    from ropewalk.bench.devices import Device
+    from ropewalk.bench.devices import Device, Link
+    from ropewalk.bench.known_models import Model
+    from ropewalk.bench.parallel import Parallel
 
 # Where a model that is not here is reckoned, if nothing is said.
 USUAL = ("h200", "a100", "4090", "3060")
+# Options that mean nothing for a folder without --device.
+_RECKONED = (
+    *("context", "batch", "kv_bits", "prefill_chunk", "plot"),
+    *("tensor_parallel", "pipeline_parallel", "expert_parallel", "nnodes", "link", "link_latency"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    from ropewalk.bench.devices import DEVICES, MEASURED
+    from ropewalk.bench.devices import DEVICES, LINKS, MEASURED
 
     add_source(
         parser,
@@ -49,6 +55,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=positive, metavar="N", help="tokens of a prompt computed at once (default: all)"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw tokens a second and memory over context to a PNG")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", metavar="N", help="sequences at once, each with that context (default: 1)"
+    )
+    several = parser.add_argument_group("several GPUs (see docs/scaling.md)", "in the words of vllm serve")
+    several.add_argument(
+        "--tensor-parallel", type=positive, nargs="+", metavar="N", help="GPUs that share every layer (default: 1)"
+    )
+    several.add_argument("--pipeline-parallel", type=positive, metavar="N", help="stages of blocks (default: 1)")
+    several.add_argument("--expert-parallel", action="store_true", help="deal experts out whole")
+    several.add_argument("--nnodes", type=positive, metavar="N", help="machines (default: 1)")
+    several.add_argument(
+        "--link",
+        choices=LINKS,
+        metavar="NAME",
+        help="what connects the machines, or with one machine its GPUs (default: the device's own): "
+        f"{', '.join(LINKS)}",
+    )
+    several.add_argument(
+        "--link-latency", type=float, metavar="US", help="microseconds of a collective operation there, once measured"
+    )
 
 
 def _count(text: str) -> int:
@@ -63,42 +89,41 @@ def run(args: argparse.Namespace, out: Output) -> None:
         UsageError: options that do not fit.
     """
     check_rope(args.rope)
-    reckoned = any(value not in (None, 16) for value in (args.context, args.kv_bits, args.prefill_chunk, args.plot))
-    found, sizes = {}, {}
-    for model in dict.fromkeys(args.model):
-        found[model], sizes[model] = _known(model) or _opened(model, args)
-        if sizes[model] is None and reckoned:
-            raise UsageError("--device: expected one with --context, --kv-bits, --prefill-chunk and --plot, found none")
-    measured = {model: each for model, each in sizes.items() if each is not None}
-    if measured:
-        devices = _devices(args.device or USUAL)
-        _reckon(measured, found, devices, args, out)
+    given = [option for option in _RECKONED if getattr(args, option) not in (None, False, 16)]
+    found, models = {}, {}
+    for name in dict.fromkeys(args.model):
+        found[name], models[name] = _known(name) or _opened(name, args)
+        if models[name] is None and given:
+            raise UsageError(f"--device: expected one with --{given[0].replace('_', '-')}, found none")
+    reckoned = {name: model for name, model in models.items() if model is not None}
+    if reckoned:
+        _reckon(reckoned, found, _devices(args.device or USUAL), args, out)
     out.result(next(iter(found.values())) if len(found) == 1 else {"models": list(found.values())})
-    for model in found:
-        if len(found) == 1 or sizes[model] is None:
-            _say(found[model], out)
-    if len(measured) > 1:
-        _say_models(found, out)
+    for name in found:
+        if len(found) == 1 or models[name] is None:
+            _say(found[name], out)
+    if len(reckoned) > 1:
+        _say_models(found, args, out)
 
 
-def _known(model: str) -> tuple[dict[str, Any], Sizes] | None:
+def _known(name: str) -> tuple[dict[str, Any], Model] | None:
     """Return a model that is not here, or None where the name stands for a file, a folder or the Hub."""
-    from ropewalk.bench.cost import sizes_of_known
+    from ropewalk.bench.known_models import known_model
 
-    sizes = None if Path(model).exists() else sizes_of_known(model)
-    return None if sizes is None else ({"model": model}, sizes)
+    model = None if Path(name).exists() else known_model(name)
+    return None if model is None else ({"model": name}, model)
 
 
-def _opened(model: str, args: argparse.Namespace) -> tuple[dict[str, Any], Sizes | None]:
-    """Return what is in a checkpoint, and its sizes where --device asks for them."""
+def _opened(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], Model | None]:
+    """Return what is in a checkpoint, and its parts where --device asks for what they cost."""
     from ropewalk.loader.inspect import describe, open_model
 
-    checkpoint, rope = open_model(resolve(model), rope=args.rope, **chosen(args, ("revision", "bits", "group_size")))
+    checkpoint, rope = open_model(resolve(name), rope=args.rope, **chosen(args, ("revision", "bits", "group_size")))
     if args.device is None:
         return describe(checkpoint, rope), None
-    from ropewalk.bench.cost import sizes_of_checkpoint
+    from ropewalk.bench.sizes import model_of_checkpoint
 
-    return describe(checkpoint, rope), sizes_of_checkpoint(checkpoint, rope)
+    return describe(checkpoint, rope), model_of_checkpoint(checkpoint, rope)
 
 
 def _devices(names: list[str] | tuple[str, ...]) -> list[Device]:
@@ -116,8 +141,33 @@ def _devices(names: list[str] | tuple[str, ...]) -> list[Device]:
     return [DEVICES[name] if name in DEVICES else measured(name) for name in dict.fromkeys(names)]
 
 
+def _parallels(args: argparse.Namespace) -> list[Parallel]:
+    """Return how many GPUs share a model, one for each number of --tensor-parallel."""
+    from ropewalk.bench.parallel import Parallel
+
+    more = {"pipeline": args.pipeline_parallel or 1, "experts": args.expert_parallel, "nnodes": args.nnodes or 1}
+    return [Parallel(tensor, **more) for tensor in dict.fromkeys(args.tensor_parallel or [1])]
+
+
+def _link(args: argparse.Namespace) -> Link | None:
+    """Return the link of --link and --link-latency.
+
+    Raises:
+        UsageError: a latency of nothing, or one that cannot be.
+    """
+    from ropewalk.bench.devices import LINKS
+
+    if args.link_latency is None:
+        return LINKS[args.link] if args.link else None
+    if args.link is None:
+        raise UsageError("--link-latency: expected --link with it, found none")
+    if not 0 <= args.link_latency < 1e6:
+        raise UsageError(f"--link-latency: expected microseconds from 0 to 1e6, found {args.link_latency}")
+    return LINKS[args.link]._replace(latency_us=args.link_latency)
+
+
 def _reckon(
-    sizes: dict[str, Sizes],
+    models: dict[str, Model],
     found: dict[str, dict[str, Any]],
     devices: list[Device],
     args: argparse.Namespace,
@@ -126,16 +176,21 @@ def _reckon(
     """Add "cost" to what was found, and draw it.
 
     Raises:
-        UsageError: nowhere to draw to.
+        UsageError: nowhere to draw to, or GPUs that a model is not split over.
     """
-    from ropewalk.bench.cost import cost
+    from ropewalk.bench.cost import Load, cost
+    from ropewalk.bench.sizes import sizes_of
 
+    parallels, batches = _parallels(args), list(dict.fromkeys(args.batch or [1]))
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         raise UsageError(f"--plot: expected a folder to write to, found none for {args.plot}")
-    one = len(sizes) == 1
-    for model, each in sizes.items():
-        contexts = args.context or ([0, each.context] if one else [0])
-        found[model]["cost"] = cost(each, devices, dict.fromkeys(contexts), args.kv_bits, args.prefill_chunk)
+    if args.plot and (batches != [1] or any(parallel.gpus > 1 for parallel in parallels)):
+        raise UsageError("--plot: expected one GPU and one sequence, which it draws, found more")
+    sizes = {name: sizes_of(model) for name, model in models.items()}
+    for name, model in models.items():
+        contexts = args.context or ([0, sizes[name].context] if len(models) == 1 else [0])
+        load = Load(list(dict.fromkeys(contexts)), batches, args.kv_bits, args.prefill_chunk)
+        found[name]["cost"] = cost(model, devices, load, parallels, _link(args))
     if args.plot:
         from ropewalk.bench.cost_plot import plot_cost
 
@@ -161,14 +216,24 @@ def _say(found: dict[str, Any], out: Output) -> None:
         out.say(cost_table(cost))
 
 
-def _say_models(found: dict[str, dict[str, Any]], out: Output) -> None:
-    """Print a table of several models for each context."""
-    from ropewalk.bench.cost import models_table
+def _say_models(found: dict[str, dict[str, Any]], args: argparse.Namespace, out: Output) -> None:
+    """Print a table of several models for each context and batch, and one of what fits unless contexts are given."""
+    from ropewalk.bench.cost import contexts_table, link_lines, models_table
 
     costs = {model: each["cost"] for model, each in found.items() if "cost" in each}
-    for place, row in enumerate(next(iter(costs.values()))["devices"][0]["contexts"]):
-        out.say(f"tokens a second at most, with {row['context']:,} tokens of context; calculated, not measured:")
+    devices = next(iter(costs.values()))["devices"]
+    memory = ", memory of each GPU" if any(device["links"] for device in devices) else ""
+    for place, row in enumerate(devices[0]["contexts"]):
+        asked = f"{row['context']:,} tokens of context"
+        if row["batch"] > 1:
+            asked = f"{row['batch']} sequences of {asked}"
+        out.say(f"tokens a second at most{memory}, with {asked}; calculated, not measured:")
         out.say(models_table(costs, place))
+    if args.context is None:
+        out.say("longest context of a sequence; calculated, not measured:")
+        out.say(contexts_table(costs))
+    for line in link_lines(devices):
+        out.say(line)
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
