@@ -14,10 +14,14 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from ropewalk.errors import FormatError, PatchError, QuantizeConfigError, RopewalkError
 from ropewalk.gptq.format import is_sequential
+from ropewalk.gptq.layout import has_even_groups, row_order
 from ropewalk.loader.checkpoint import open_checkpoint
 from ropewalk.loader.dynamic import Rule, match_rules
 from ropewalk.loader.quantize_config import FILES, QuantizeConfig, for_layer, parse_quantize_config
 
+# A layer whose rows may be shared out in their sorted order, by the columns of the one before it: what is between them
+# is an activation, channel by channel.
+DOWN, GATE_UP = ".down_proj", ".gate_up_proj"
 # What `quantization` may be for a GPTQ checkpoint to be ours.
 _ASKED = (None, "ropewalk")
 
@@ -58,6 +62,7 @@ class RopewalkConfig(QuantizationConfig):
         is_wanted: whether GPTQ checkpoints are taken that nobody has named a method for.
         layers: name -> its packing, for all packed layers, where the files were here to be looked at; else None, and
             the config and its rules are believed.
+        orders: name -> int32 [K], the order that sorts its rows by group, of the layers below that have one.
     """
 
     is_wanted: ClassVar[bool] = False
@@ -66,6 +71,7 @@ class RopewalkConfig(QuantizationConfig):
         super().__init__()
         self.settings = settings
         self.layers: dict[str, Packing] | None = None
+        self.orders: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         return f"RopewalkConfig({Packing.of(self.settings)}, layers={self.layers and len(self.layers)})"
@@ -122,6 +128,7 @@ class RopewalkConfig(QuantizationConfig):
         """Have the names of layers follow those of vLLM's modules."""
         if self.layers is not None:
             self.layers = dict(hf_to_vllm_mapper.apply_dict(self.layers))
+            self.orders = dict(hf_to_vllm_mapper.apply_dict(self.orders))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look at a checkpoint that is here, before anything of it is read: which layers are packed, and how.
@@ -146,6 +153,10 @@ class RopewalkConfig(QuantizationConfig):
                 if layer.has_g_idx:  # it knows better than the config whether rows were moved
                     g_idx = reader.read(layer.entries["g_idx"].name)
                     packing = replace(packing, desc_act=not is_sequential(g_idx, packing.group_size))
+                    if name.endswith(DOWN) and has_even_groups(g_idx, packing.group_size):
+                        order = row_order(g_idx, packing.group_size)
+                        if order is not None:
+                            self.orders[name] = order
                 self.layers[name] = packing
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -173,8 +184,19 @@ class RopewalkConfig(QuantizationConfig):
             if self.layers is not None and prefix in self.layers:
                 names = [prefix]  # one weight on disk already
             packing = self._agreed(prefix, names)
-            return UnquantizedLinearMethod() if packing is None else RopewalkLinearMethod(packing, prefix)
+            if packing is None:
+                return UnquantizedLinearMethod()
+            return RopewalkLinearMethod(packing, prefix, self._order_between(prefix))
         return None
+
+    def _order_between(self, prefix: str) -> torch.Tensor | None:
+        """Return the order of a down's rows, for it and for the gate and up before it."""
+        parent = next((prefix.removesuffix(end) for end in (DOWN, GATE_UP) if prefix.endswith(end)), None)
+        if parent is None or not any(
+            f"{parent}.{gate}" in (self.layers or {}) for gate in ("gate_proj", "gate_up_proj")
+        ):
+            return None
+        return self.orders.get(parent + DOWN)
 
     def _of_experts(self, prefix: str) -> Packing | None:
         if self.layers is None:

@@ -16,12 +16,12 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from ropewalk.errors import FormatError, UsageError
-from ropewalk.gptq.format import expected_tensors, pack, sequential_g_idx, unpack
+from ropewalk.gptq.format import expected_tensors, sequential_g_idx
 from ropewalk.gptq.layout import row_order
 from ropewalk.loader.experts import PackedExperts
 from ropewalk.patches.vllm.config import Packing
 from ropewalk.patches.vllm.linear import packed_layer
-from ropewalk.patches.vllm.parameters import PARTS
+from ropewalk.patches.vllm.parameters import PARTS, take_columns, take_rows
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[], nn.Module]] = {
     MoEActivation.SILU: nn.SiLU,
@@ -139,7 +139,7 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
                 return tensor[self._rank * groups :][:groups]
             if order is None:
                 return tensor[start * bits // 32 : (start + inner) * bits // 32]
-            return pack(unpack(tensor, bits)[order[start : start + inner].long()], bits)
+            return take_rows(tensor, order[start : start + inner], bits)
         if part == "g_idx":
             return tensor
         if order is None:
@@ -147,10 +147,7 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
                 (start, start + inner) if part != "qzeros" else (start * bits // 32, (start + inner) * bits // 32)
             )
             return tensor[:, first:last]
-        columns = order[start : start + inner].long()
-        if part == "qzeros":
-            return pack(unpack(tensor, bits, dim=1)[:, columns], bits, dim=1)
-        return tensor.index_select(1, columns)
+        return take_columns(tensor, order[start : start + inner], bits if part == "qzeros" else None)
 
     def _put(self, layer: Any, expert: int, shard: str, part: str, tensor: Tensor) -> None:
         stem = "w2" if shard == "w2" else "w13"

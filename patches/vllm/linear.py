@@ -2,15 +2,20 @@
 
 Column-parallel layers (q, k and v; gate and up) keep some columns of the weight with all their rows, whatever the
 order of these. A row-parallel layer (o, down) keeps some rows, and the scales of their groups. With act-order that does
-not do: the rows of a rank are a part of every group, in no even numbers, and no kernel of ours takes such a weight. So
-there a rank keeps some of the columns as well: it gathers the input, multiplies, and puts zeros where the columns of
-the others are, which vLLM's own sum over the ranks then fills. Memory is the same; the price is the gathering.
+not do: the rows of a rank are a part of every group, in no even numbers, and no kernel of ours takes such a weight.
+
+Down's rows can be shared out in their sorted order, in whole groups, if gate's and up's columns are shared out in the
+same; between them is but an activation of each channel by itself. Nothing is left to be put in order then.
+
+Of o, whose input is attention's, a rank keeps some of the columns as well: it gathers the input, multiplies, and puts
+zeros where the columns of the others are, which vLLM's own sum over the ranks then fills. Memory is the same; the price
+is the gathering.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,11 +115,13 @@ class RopewalkLinearMethod(LinearMethodBase):
     Args:
         packing: of the layer.
         prefix: its name, by which compiled code finds it.
+        order: in which down's rows are sorted, where this is a down, or the gate and up before one.
     """
 
-    def __init__(self, packing: Packing, prefix: str):
+    def __init__(self, packing: Packing, prefix: str, order: Tensor | None = None):
         self.packing = packing
         self.prefix = prefix
+        self.order = order
 
     def create_weights(
         self,
@@ -132,12 +139,23 @@ class RopewalkLinearMethod(LinearMethodBase):
             FormatError: a share of this rank that does not fill whole words.
         """
         rows, sizes, rank = input_size_per_partition, output_partition_sizes, getattr(layer, "tp_rank", 0)
-        self.share = Share.of(self.packing, rows, sizes, input_size, rank, self.prefix)
+        config = get_current_vllm_config()
+        between = rows if rows != input_size else sizes[0]  # channels of this rank between gate and up, and down
+        order = self.order if getattr(layer, "tp_size", 1) > 1 and self._is_whole(between) else None
+        if config.lora_config is not None:
+            order = None  # an adapter's factors would be shared out in another order than the channels
+        packing = self.packing if order is None or rows == input_size else replace(self.packing, desc_act=False)
+        self.share = Share.of(packing, rows, sizes, input_size, rank, self.prefix)
         keeps = "rows" if self.share.around is None else "columns"
         loader = head_loader(layer) if isinstance(layer, ParallelLMHead) else extra_weight_attrs["weight_loader"]
-        for name, parameter in make_parameters(self.packing, self.share.rows, self.share.sizes, keeps, loader).items():
+        made = make_parameters(self.packing, self.share.rows, self.share.sizes, keeps, loader, order)
+        for name, parameter in made.items():
             layer.register_parameter(name, parameter)
-        get_current_vllm_config().compilation_config.static_forward_context[_key(self.prefix)] = layer
+        config.compilation_config.static_forward_context[_key(self.prefix)] = layer
+
+    def _is_whole(self, rows: int) -> bool:
+        """Return whether so many rows are whole groups and whole words."""
+        return rows % self.packing.group_size == 0 and rows * self.packing.bits % 32 == 0
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what was read into our layers, and let go of it.

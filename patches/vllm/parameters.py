@@ -2,7 +2,8 @@
 
 vLLM's loaders call a method of the parameter for each kind of layer; what is told here is what differs from its own
 classes. A rank of a row-parallel layer keeps the rows of its inputs ("rows"), some columns with all their rows
-("columns", see linear.py), or the whole tensor ("all").
+("columns", see linear.py), or the whole tensor ("all"). With an `order` rows of it, or columns of what comes before it,
+are shared out in that order.
 """
 
 from __future__ import annotations
@@ -15,25 +16,66 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter, PerTensorScaleParameter
 
-from ropewalk.gptq.format import expected_tensors, sequential_g_idx
+from ropewalk.gptq.format import expected_tensors, pack, sequential_g_idx, unpack
 from ropewalk.patches.vllm.config import Packing
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
+def take_rows(qweight: Tensor, rows: Tensor, bits: int) -> Tensor:
+    """Return some rows of packed codes int32 [K * bits / 32, N], in that order."""
+    return pack(unpack(qweight, bits)[rows.to(qweight.device, torch.int64)], bits)
+
+
+def take_columns(tensor: Tensor, columns: Tensor, bits: int | None) -> Tensor:
+    """Return some columns of a tensor, in that order; with bits of one that is packed along them."""
+    columns = columns.to(tensor.device, torch.int64)
+    if bits is None:
+        return tensor.index_select(1, columns)
+    return pack(unpack(tensor, bits, dim=1)[:, columns], bits, dim=1)
+
+
 class _Kept:
-    """What a rank of a row-parallel layer keeps."""
+    """What a rank keeps of a tensor.
+
+    Attributes:
+        keeps: of a row-parallel layer.
+        order: int32 [K] of a row-parallel layer, or of the one that reads what this layer writes; rank r of n has the
+            r-th n-th of it.
+        bits: of what is packed.
+        along: the dimension along which the tensor is packed, or None.
+    """
 
     keeps = "rows"
+    order: Tensor | None = None
+    bits = 0
+    along: int | None = None
 
     def load_row_parallel_weight(self: Any, loaded_weight: Tensor) -> None:
-        """Take this rank's part."""
+        """Take this rank's rows, columns, or all."""
         if self.keeps == "columns":
             self.load_column_parallel_weight(loaded_weight)
         elif self.keeps == "all":
             self._assert_and_load(loaded_weight)
-        else:
+        elif self.order is not None and self.along == 0:
+            self._assert_and_load(take_rows(loaded_weight.to(self.device), self._own(), self.bits))
+        else:  # of sorted rows the groups of a rank follow one another, too
             super().load_row_parallel_weight(loaded_weight)  # type: ignore[misc]
+
+    def load_merged_column_weight(self: Any, loaded_weight: Tensor, **kwargs: Any) -> None:
+        """Take this rank's columns of one of the layers that vLLM takes as one."""
+        if self.order is None:
+            super().load_merged_column_weight(loaded_weight, **kwargs)  # type: ignore[misc]
+            return
+        bits = self.bits if self.along == 1 else None
+        found = take_columns(loaded_weight.to(self.device), self._own(), bits)
+        start = kwargs["shard_offset"] * found.shape[1] // kwargs["shard_size"]
+        self.data[:, start : start + found.shape[1]].copy_(found)
+
+    def _own(self: Any) -> Tensor:
+        own = len(self.order) // self.tp_size
+        order: Tensor = self.order[self.tp_rank * own :][:own]
+        return order
 
 
 class Words(_Kept, PackedvLLMParameter):
@@ -51,6 +93,7 @@ class GroupIndex(PerTensorScaleParameter):
     """
 
     keeps = "rows"
+    order: Tensor | None = None
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Take all of it."""
@@ -58,6 +101,8 @@ class GroupIndex(PerTensorScaleParameter):
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Take what belongs to this rank's rows."""
+        if self.order is not None:
+            return  # sorted rows are sequential, as this is already
         rows = self.data.shape[1]
         start = self.tp_rank * rows if self.keeps == "rows" else 0
         self.data[0].copy_(loaded_weight[start : start + rows])
@@ -67,7 +112,12 @@ class GroupIndex(PerTensorScaleParameter):
 
 
 def make_parameters(
-    packing: Packing, rows: int, sizes: tuple[int, ...], keeps: str, weight_loader: Callable[..., None]
+    packing: Packing,
+    rows: int,
+    sizes: tuple[int, ...],
+    keeps: str,
+    weight_loader: Callable[..., None],
+    order: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return empty parameters for the tensors of a layer, on the device that is torch's default.
 
@@ -76,6 +126,7 @@ def make_parameters(
         sizes: N of this rank, of each of the layers that vLLM takes as one.
         keeps: what a rank of a row-parallel layer keeps of the weight.
         weight_loader: what vLLM calls with a parameter and a tensor.
+        order: as in `_Kept`.
     """
     shapes = expected_tensors(rows, sum(sizes), packing.bits, packing.group_size)
     dims: dict[str, Any] = {"input_dim": 0, "output_dim": 1, "weight_loader": weight_loader}
@@ -96,6 +147,8 @@ def make_parameters(
     for name, parameter in made.items():
         one_group = packing.group_size == -1 and name in ("qzeros", "scales")
         parameter.keeps = "all" if keeps == "rows" and one_group else keeps
+        parameter.order, parameter.bits = order, packing.bits
+        parameter.along = {"qweight": 0, "qzeros": 1}.get(name)
     return made
 
 
