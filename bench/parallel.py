@@ -2,10 +2,11 @@
 with ropewalk's method for packed layers. Nothing is run.
 
 Tensor parallelism splits every layer over n GPUs: q, k, v, gate, up and both embeddings by columns; o and down by rows
-with their groups, or, where rows cannot be cut so (act-order, groups that do not divide), by columns of all rows. Then
-the input is gathered first. Experts are cut by gate's and up's columns and down's sorted rows in whole groups, or with
-expert parallelism dealt out whole. A layer's keys and values are split by heads; where there are fewer heads than GPUs,
-several hold the same one. Pipeline parallelism puts blocks on stages one after the other, each of n GPUs.
+with the scales of their groups, of which a GPU may have a part; or, where rows cannot be cut so (o with act-order,
+parts below 32 rows), by columns of all rows, and then the input is gathered first. With act-order down is cut by its
+sorted rows, and the columns of gate and up with it; those of experts, too, unless expert parallelism deals experts out
+whole. A layer's keys and values are split by heads; where there are fewer heads than GPUs, several hold the same one.
+Pipeline parallelism puts blocks on stages one after the other, each of n GPUs.
 
 For a token a block takes two all-reduces of `hidden` numbers, and an all-gather of the input of each layer that is cut
 by columns against its rows; besides, the input embedding takes an all-reduce and the logits a gather. A ring of n GPUs
@@ -16,6 +17,7 @@ Nothing is taken to overlap.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect
 from collections.abc import Iterator
@@ -24,8 +26,10 @@ from itertools import accumulate
 
 from ropewalk.bench.devices import LINKS, Device, Link
 from ropewalk.bench.known_models import Model, Part
+from ropewalk.bench.shapes import Packing
 from ropewalk.bench.sizes import EMBEDDING, EXPERT, HEAD, Sizes, expert_count, is_small, is_tied, kv_heads, sizes_of
 from ropewalk.errors import FormatError, UsageError
+from ropewalk.gptq.layout import PLANE
 
 PADDING = 64  # the vocabulary is filled up to a multiple of it, as vLLM's VocabParallelEmbedding does
 
@@ -33,6 +37,7 @@ _NUMBER = 2  # bytes of what goes over a link: 16 bits
 _KEYS = {"k_proj", "v_proj"}
 _COLUMNS = {"q_proj", "Wqkv", "gate_proj", "up_proj", "w1", "w3"} | _KEYS
 _ROWS = {"o_proj", "out_proj", "down_proj", "w2"}
+_SORTED = re.compile(r".+\.mlp\.(?:shared_expert\.)?down_proj(?:\.weight)?")  # the down of a gate and an up
 
 
 @dataclass(frozen=True)
@@ -240,14 +245,18 @@ def _cut(part: Part, n: int, heads: int) -> Part:
 
 
 def _cut_rows(part: Part, n: int) -> Part:
-    """Return some rows of a layer; of an expert in the order of all, so that a share needs none of its own."""
+    """Return some rows of a layer, in the order of all, so that a share needs none of its own."""
     rows, packing = _divided(part.shape[1], n, part, "rows"), part.packing
-    if packing is not None and packing.group_size != -1 and rows % packing.group_size:
+    if packing is None:
+        return part._replace(shape=(part.shape[0], rows))
+    group_size = _group_size(packing, rows)
+    if group_size is None:
         raise UsageError(
-            f"--tensor-parallel: expected a share of {part.name} that is whole groups of {packing.group_size}, "
-            f"found {n} GPUs for {part.shape[1]} rows"
+            f"--tensor-parallel: expected a share of {part.name} that is whole parts of groups of "
+            f"{packing.group_size}, found {n} GPUs for {part.shape[1]} rows"
         )
-    return part._replace(shape=(part.shape[0], rows), packing=packing and packing._replace(desc_act=False))
+    here = packing._replace(desc_act=False, group_size=group_size)
+    return part._replace(shape=(part.shape[0], rows), packing=here)
 
 
 def _layer_name(part: Part) -> str:
@@ -263,8 +272,16 @@ def _by_columns(part: Part, n: int) -> bool:
     if part.packing is None or EXPERT.fullmatch(part.name):
         return False
     rows, packing = part.shape[1] // n, part.packing
-    in_groups = packing.group_size == -1 or rows % packing.group_size == 0
-    return packing.act_order or not in_groups or rows * packing.bits % 32 != 0
+    moved = packing.act_order and not _SORTED.fullmatch(part.name)
+    return moved or _group_size(packing, rows) is None or rows * packing.bits % 32 != 0
+
+
+def _group_size(packing: Packing, rows: int) -> int | None:
+    """Return of how many rows the scales are where a GPU has so many rows of a layer; None where kernels need more."""
+    if packing.group_size == -1:
+        return -1
+    size = math.gcd(packing.group_size, rows)
+    return size if size == packing.group_size or size % PLANE == 0 else None
 
 
 def _divided(count: int, n: int, part: Part, what: str) -> int:

@@ -107,7 +107,7 @@ PACKINGS = [
     *(Packing(bits, -1, False, "gptq_v2") for bits in (3, 4)),
     Packing(4, 64, False, "gptq"),  # at four ranks o has half of a group
     Packing(4, 64, True, "gptq_v2"),
-    Packing(4, 128, True, "gptq"),  # nor has down whole ones there
+    Packing(4, 128, True, "gptq"),  # and down too, sorted
 ]
 
 
@@ -136,14 +136,9 @@ def test_ranks_compute_the_whole(packing, ranks, layout, rank, monkeypatch):
             fill(out, {None: o})
             inner = gate_up(x)[0].chunk(2, dim=-1)
             inner = torch.nn.functional.silu(inner[0]) * inner[1]
-            gathered = mlp.ropewalk._around is not None
-            # Half a group is no share, in whatever order.
-            assert gathered == (ranks > 1 and packing.group_size != -1 and INNER // ranks % packing.group_size > 0)
-            if ranks > 1 and not gathered:
+            assert mlp.ropewalk._around is None
+            if ranks > 1:
                 assert all(layer._order is None or layout == "cpu" for layer in mlp.ropewalk.layers)
-            if gathered:
-                whole = torch.nn.functional.silu(x @ gates) * (x @ ups)
-                patch.setattr(ours, "tensor_model_parallel_all_gather", lambda _, whole=whole: whole)
             second.append(mlp(inner)[0])
             patch.setattr(ours, "tensor_model_parallel_all_gather", lambda _: attended)
             first.append(out(attended[:, number * HIDDEN // ranks :][:, : HIDDEN // ranks])[0])
@@ -228,7 +223,7 @@ def experts_on(rank, ranks, packing, tensors, local=None, last_first=False):
 
 @pytest.mark.parametrize("last_first", [False, True], ids=["", "down first"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("packing", [each for each in PACKINGS if each.group_size != 128], ids=name)
+@pytest.mark.parametrize("packing", PACKINGS, ids=name)
 def test_ranks_compute_all_experts(packing, ranks, last_first):
     made = {
         (e, shard): packed(*size, packing, e > 0, 3 * e + i)
@@ -255,8 +250,10 @@ def test_ranks_compute_all_experts(packing, ranks, last_first):
 
 def test_experts_that_cannot_be_shared_are_refused():
     packing = Packing(4, 128, True, "gptq")
-    with pytest.raises(FormatError, match=r"experts .of 256 on 4 ranks.: expected .* whole groups of 128, found 64"):
-        experts_on(0, 4, packing, {})
+    with pytest.raises(
+        FormatError, match=r"experts .of 256 on 16 ranks.: expected .* parts of groups of 128, found 16"
+    ):
+        experts_on(0, 16, packing, {})
     down, _ = packed(HIDDEN, INNER, packing, True, 0)
     del down["g_idx"]
     with pytest.raises(FormatError, match=r"experts.0.w2.g_idx: expected a tensor of this name \(desc_act is true\)"):

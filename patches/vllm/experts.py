@@ -8,6 +8,7 @@ in the order in which down's rows are sorted. Its groups are whole then, and its
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ropewalk.gptq.layout import row_order
 from ropewalk.loader.experts import PackedExperts
 from ropewalk.patches.vllm.config import Packing
 from ropewalk.patches.vllm.linear import packed_layer
-from ropewalk.patches.vllm.parameters import PARTS, take_columns, take_rows
+from ropewalk.patches.vllm.parameters import PARTS, group_size_of_share, groups_of_share, take_columns, take_rows
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[], nn.Module]] = {
     MoEActivation.SILU: nn.SiLU,
@@ -69,15 +70,18 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             raise UsageError(f"{self.prefix}: expected routing weights on the output of experts, found on the input")
         self._ranks, self._rank = self.moe.moe_parallel_config.tp_size, self.moe.moe_parallel_config.tp_rank
-        if self._ranks > 1 and packing.group_size != -1 and inner % packing.group_size:
-            expected = f"inner channels of a rank that are whole groups of {packing.group_size}"
+        group_size = group_size_of_share(packing.group_size, inner) if self._ranks > 1 else packing.group_size
+        if group_size is None:
+            expected = f"inner channels of a rank that are whole parts of groups of {packing.group_size}"
             raise FormatError(f"{self.prefix} (of {inner * self._ranks} on {self._ranks} ranks)", expected, inner)
+        self._of_down = replace(packing, group_size=group_size)
         self._sizes = {"w1": (hidden_size, inner), "w3": (hidden_size, inner), "w2": (inner, hidden_size)}
         # What cannot be cut before the order of its expert's rows is known.
         self._waiting: dict[int, list[tuple[str, str, Tensor]]] = {}
         self._orders: dict[int, Tensor | None] = {}
         for stem, count in (("w13", 2), ("w2", 1)):
             rows, columns = self._sizes["w1" if stem == "w13" else "w2"]
+            packing = self._packing_of(stem)
             try:
                 shapes = expected_tensors(rows, columns, packing.bits, packing.group_size)
             except FormatError as error:
@@ -91,6 +95,9 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
                 parameter: Any = nn.Parameter(data, requires_grad=False)
                 parameter.weight_loader = self._loader(layer, part)
                 layer.register_parameter(f"{stem}_{part}", parameter)
+
+    def _packing_of(self, stem: str) -> Packing:
+        return self._of_down if stem == "w2" else self.packing
 
     def _loader(self, layer: Any, part: str) -> Callable[..., bool | None]:
         """Return what vLLM calls with a tensor of an expert."""
@@ -133,10 +140,8 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         order = self._orders.get(expert)
         if shard == "w2":
             if part in ("scales", "qzeros"):
-                if self.packing.group_size == -1:
-                    return tensor
-                groups = inner // self.packing.group_size
-                return tensor[self._rank * groups :][:groups]
+                groups = groups_of_share(self.packing.group_size, inner, start)
+                return tensor.index_select(0, groups.to(tensor.device))
             if order is None:
                 return tensor[start * bits // 32 : (start + inner) * bits // 32]
             return take_rows(tensor, order[start : start + inner], bits)
@@ -177,7 +182,7 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
                 stem = "w2" if shard == "w2" else "w13"
                 parts = {part: tensors[f"{stem}_{part}"][expert, _GATE_UP.get(shard, 0)] for part in PARTS}
                 name = f"{self.prefix}.{expert}.{shard}"
-                layers[shard] = packed_layer(self.packing, rows, parts, device, name)
+                layers[shard] = packed_layer(self._packing_of(stem), rows, parts, device, name)
             experts.append(layers)
         for name in tensors:
             delattr(layer, name)

@@ -29,11 +29,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ropewalk.errors import FormatError
-from ropewalk.gptq.format import check_values, expected_tensors, is_sequential
+from ropewalk.gptq.format import check_values, expected_tensors, sequential_g_idx
 from ropewalk.loader.merged import Merged
 from ropewalk.loader.quant_linear import QuantLinear
 from ropewalk.patches.vllm.config import Packing
-from ropewalk.patches.vllm.parameters import PARTS, head_loader, make_parameters
+from ropewalk.patches.vllm.parameters import (
+    PARTS,
+    group_size_of_share,
+    groups_of_share,
+    head_loader,
+    make_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -43,37 +49,39 @@ class Share:
     Attributes:
         rows: K.
         sizes: N, of each of the layers that vLLM takes as one.
-        is_split_by_rows: whether other ranks have other rows.
+        group_size: rows that share a scale here.
+        start: the first of the rows, where other ranks have other ones; else None.
         around: of a row-parallel layer whose columns are split, how many columns are to the left and to the right of
             these; else None.
     """
 
     rows: int
     sizes: tuple[int, ...]
-    is_split_by_rows: bool = False
+    group_size: int
+    start: int | None = None
     around: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, packing: Packing, rows: int, sizes: Sequence[int], all_rows: int, rank: int, prefix: str = "") -> Share:
+    def of(cls, packing: Packing, rows: int, sizes: Sequence[int], all_rows: int, rank: int, prefix: str) -> Share:
         """Return the share of a rank that vLLM would give `rows` of `all_rows` rows, and columns of `sizes`.
 
         Raises:
             FormatError: one that does not fill whole words.
         """
-        share = cls(rows, tuple(sizes))
+        share = cls(rows, tuple(sizes), packing.group_size)
         if rows != all_rows:
-            whole = packing.group_size == -1 or rows % packing.group_size == 0
-            if whole and not packing.desc_act and rows * packing.bits % 32 == 0:
-                share = cls(rows, tuple(sizes), is_split_by_rows=True)
+            group_size = group_size_of_share(packing.group_size, rows)
+            if group_size is not None and not packing.desc_act and rows * packing.bits % 32 == 0:
+                share = cls(rows, tuple(sizes), group_size, start=rank * rows)
             else:
                 columns, ranks = sum(sizes), all_rows // rows
                 if columns % ranks:
                     raise FormatError(prefix, f"output features that {ranks} ranks can share", columns)
                 own = columns // ranks
-                share = cls(all_rows, (own,), around=(rank * own, (ranks - rank - 1) * own))
+                share = cls(all_rows, (own,), packing.group_size, around=(rank * own, (ranks - rank - 1) * own))
         for size in share.sizes:
             try:
-                expected_tensors(share.rows, size, packing.bits, packing.group_size)
+                expected_tensors(share.rows, size, packing.bits, share.group_size)
             except FormatError as error:
                 raise FormatError(f"{prefix} of one rank: {error.tensor}", error.expected, error.found) from None
         return share
@@ -141,21 +149,30 @@ class RopewalkLinearMethod(LinearMethodBase):
         rows, sizes, rank = input_size_per_partition, output_partition_sizes, getattr(layer, "tp_rank", 0)
         config = get_current_vllm_config()
         between = rows if rows != input_size else sizes[0]  # channels of this rank between gate and up, and down
-        order = self.order if getattr(layer, "tp_size", 1) > 1 and self._is_whole(between) else None
+        self.order = self.order if getattr(layer, "tp_size", 1) > 1 and self._can_be_shared(between) else None
         if config.lora_config is not None:
-            order = None  # an adapter's factors would be shared out in another order than the channels
-        packing = self.packing if order is None or rows == input_size else replace(self.packing, desc_act=False)
-        self.share = Share.of(packing, rows, sizes, input_size, rank, self.prefix)
-        keeps = "rows" if self.share.around is None else "columns"
-        loader = head_loader(layer) if isinstance(layer, ParallelLMHead) else extra_weight_attrs["weight_loader"]
-        made = make_parameters(self.packing, self.share.rows, self.share.sizes, keeps, loader, order)
+            self.order = None  # an adapter's factors would be shared out in another order than the channels
+        packing = self.packing
+        if rows != input_size and self.order is not None:
+            packing = replace(packing, desc_act=False)
+        self.share = share = Share.of(packing, rows, sizes, input_size, rank, self.prefix)
+        self.packing_here = replace(packing, group_size=share.group_size)
+        made = make_parameters(
+            self.packing_here,
+            share.rows,
+            share.sizes,
+            "rows" if share.around is None else "columns",
+            head_loader(layer) if isinstance(layer, ParallelLMHead) else extra_weight_attrs["weight_loader"],
+            order=self.order,
+            groups=None if share.start is None else groups_of_share(packing.group_size, share.rows, share.start),
+        )
         for name, parameter in made.items():
             layer.register_parameter(name, parameter)
         config.compilation_config.static_forward_context[_key(self.prefix)] = layer
 
-    def _is_whole(self, rows: int) -> bool:
-        """Return whether so many rows are whole groups and whole words."""
-        return rows % self.packing.group_size == 0 and rows * self.packing.bits % 32 == 0
+    def _can_be_shared(self, rows: int) -> bool:
+        """Return whether a rank can have so many rows, sorted, from any multiple of them on."""
+        return group_size_of_share(self.packing.group_size, rows) is not None and rows * self.packing.bits % 32 == 0
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what was read into our layers, and let go of it.
@@ -174,9 +191,9 @@ class RopewalkLinearMethod(LinearMethodBase):
                 "qweight": tensors["qweight"][:, start:end].contiguous(),
                 "scales": tensors["scales"][:, start:end].contiguous(),
                 "qzeros": tensors["qzeros"][:, start * bits // 32 : end * bits // 32].contiguous(),
-                "g_idx": self._from_0(g_idx).contiguous(),
+                "g_idx": self._in_share(g_idx).contiguous(),
             }
-            layers.append(packed_layer(self.packing, self.share.rows, parts, device, self.prefix))
+            layers.append(packed_layer(self.packing_here, self.share.rows, parts, device, self.prefix))
             start = end
         for name in PARTS:
             delattr(layer, name)
@@ -184,15 +201,17 @@ class RopewalkLinearMethod(LinearMethodBase):
         layer.register_parameter("qweight", nn.Parameter(torch.empty(0, device=device), requires_grad=False))
         layer.ropewalk = PackedWeight(layers, self.share.around)
 
-    def _from_0(self, g_idx: Tensor) -> Tensor:
-        """Return a rank's g_idx with its groups counted from 0."""
-        if not self.share.is_split_by_rows:
+    def _in_share(self, g_idx: Tensor) -> Tensor:
+        """Return g_idx with the groups of this rank's scales."""
+        rows, start = self.share.rows, self.share.start
+        if start is None:
             return g_idx
-        g_idx = g_idx - g_idx[0]
-        if not is_sequential(g_idx, self.packing.group_size):
-            expected = "groups one after the other (desc_act is false), or desc_act true in the config"
-            raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
-        return g_idx
+        if self.order is None and self.packing.group_size != -1:
+            sequential = (start + torch.arange(rows, device=g_idx.device)) // self.packing.group_size
+            if not torch.equal(g_idx, sequential.to(g_idx.dtype)):
+                expected = "groups one after the other (desc_act is false), or desc_act true in the config"
+                raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
+        return sequential_g_idx(rows, self.share.group_size).to(g_idx.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ W + bias, [..., N], for x [..., K]."""

@@ -2,12 +2,13 @@
 
 vLLM's loaders call a method of the parameter for each kind of layer; what is told here is what differs from its own
 classes. A rank of a row-parallel layer keeps the rows of its inputs ("rows"), some columns with all their rows
-("columns", see linear.py), or the whole tensor ("all"). With an `order` rows of it, or columns of what comes before it,
-are shared out in that order.
+("columns", see linear.py). With an `order` rows of it, or columns of what comes before it, are shared out in that
+order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter, PerTensorScaleParameter
 
 from ropewalk.gptq.format import expected_tensors, pack, sequential_g_idx, unpack
+from ropewalk.gptq.layout import PLANE
 from ropewalk.patches.vllm.config import Packing
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -42,24 +44,26 @@ class _Kept:
         keeps: of a row-parallel layer.
         order: int32 [K] of a row-parallel layer, or of the one that reads what this layer writes; rank r of n has the
             r-th n-th of it.
+        groups: int64 [G], of scales and zero points of which it keeps rows: which of all groups its own are.
         bits: of what is packed.
         along: the dimension along which the tensor is packed, or None.
     """
 
     keeps = "rows"
     order: Tensor | None = None
+    groups: Tensor | None = None
     bits = 0
     along: int | None = None
 
     def load_row_parallel_weight(self: Any, loaded_weight: Tensor) -> None:
-        """Take this rank's rows, columns, or all."""
+        """Take this rank's rows or columns."""
         if self.keeps == "columns":
             self.load_column_parallel_weight(loaded_weight)
-        elif self.keeps == "all":
-            self._assert_and_load(loaded_weight)
-        elif self.order is not None and self.along == 0:
+        elif self.groups is not None:  # of sorted rows the groups of a rank follow one another, too
+            self._assert_and_load(loaded_weight.index_select(0, self.groups.to(loaded_weight.device)))
+        elif self.order is not None:
             self._assert_and_load(take_rows(loaded_weight.to(self.device), self._own(), self.bits))
-        else:  # of sorted rows the groups of a rank follow one another, too
+        else:
             super().load_row_parallel_weight(loaded_weight)  # type: ignore[misc]
 
     def load_merged_column_weight(self: Any, loaded_weight: Tensor, **kwargs: Any) -> None:
@@ -117,7 +121,9 @@ def make_parameters(
     sizes: tuple[int, ...],
     keeps: str,
     weight_loader: Callable[..., None],
+    *,
     order: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return empty parameters for the tensors of a layer, on the device that is torch's default.
 
@@ -126,7 +132,7 @@ def make_parameters(
         sizes: N of this rank, of each of the layers that vLLM takes as one.
         keeps: what a rank of a row-parallel layer keeps of the weight.
         weight_loader: what vLLM calls with a parameter and a tensor.
-        order: as in `_Kept`.
+        order, groups: as in `_Kept`.
     """
     shapes = expected_tensors(rows, sum(sizes), packing.bits, packing.group_size)
     dims: dict[str, Any] = {"input_dim": 0, "output_dim": 1, "weight_loader": weight_loader}
@@ -145,11 +151,29 @@ def make_parameters(
         ),
     }
     for name, parameter in made.items():
-        one_group = packing.group_size == -1 and name in ("qzeros", "scales")
-        parameter.keeps = "all" if keeps == "rows" and one_group else keeps
-        parameter.order, parameter.bits = order, packing.bits
+        parameter.keeps, parameter.order, parameter.bits = keeps, order, packing.bits
         parameter.along = {"qweight": 0, "qzeros": 1}.get(name)
+        parameter.groups = groups if name in ("scales", "qzeros") else None
     return made
+
+
+def group_size_of_share(group_size: int, rows: int) -> int | None:
+    """Return the size of groups of which so many rows from any multiple of them on are whole ones, each with the scales
+    of the group that it is a part of; None where they would be too small for the kernels.
+    """
+    if group_size == -1:
+        return -1
+    size = math.gcd(group_size, rows)
+    return size if size == group_size or size % PLANE == 0 else None
+
+
+def groups_of_share(group_size: int, rows: int, start: int) -> Tensor:
+    """Return int64 [G], which of all groups those of `rows` rows are that begin at row `start`."""
+    if group_size == -1:
+        return torch.zeros(1, dtype=torch.int64)
+    size = group_size_of_share(group_size, rows)
+    assert size is not None
+    return (start + torch.arange(0, rows, size)) // group_size
 
 
 def head_loader(layer: Any) -> Callable[[Any, Tensor], None]:
