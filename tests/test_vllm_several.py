@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -112,29 +114,42 @@ def free_port():
         return found.getsockname()[1]
 
 
-class Server:
-    """`vllm serve`, on one machine or on what stands for several."""
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
-    def __init__(self, folder, tmp_path, *arguments, nodes=1, **more):
-        self.port = free_port()
-        command = [Path(sys.executable).parent / "vllm", "serve", str(folder), *arguments]
-        several = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+
+def recipe(start):
+    """Return the commands of the README's section on vLLM that begin so, as lists of arguments."""
+    section = README.split("### vLLM\n")[1].split("\n### ")[0]
+    lines = re.findall(rf"^    ({re.escape(start)}.*)$", section, flags=re.M)
+    assert lines
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+class Server:
+    """What a command of the README starts, or one for each of several machines, all of them this one.
+
+    Args:
+        commands: lists of arguments.
+        folder: where they are run.
+        arguments: more of them, for each.
+    """
+
+    def __init__(self, commands, folder, *arguments):
+        self.port, master = free_port(), str(free_port())
         self.started, self.logs = [], []
-        for rank in range(nodes):
-            each = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
-            if nodes > 1:
-                each += [*several, "--node-rank", str(rank), *(["--headless"] if rank else [])]
-            self.logs.append(tmp_path / f"serve-{rank}.log")
+        for rank, command in enumerate(commands):
+            bind = "0-1"
+            each = [*command, *arguments, "--host", "127.0.0.1", "--port", str(self.port)]
+            if len(commands) > 1:
+                each = ["127.0.0.1" if argument == "10.0.0.1" else argument for argument in each]
+                each += ["--master-port", master]
+                bind = str(rank)
+            each[0] = Path(sys.executable).parent / each[0]
+            self.logs.append(folder / f"serve-{rank}.log")
             with self.logs[-1].open("w") as log:
-                self.started.append(
-                    subprocess.Popen(
-                        each,
-                        env=environment(tmp_path, VLLM_CPU_OMP_THREADS_BIND=str(rank) if nodes > 1 else "0-1", **more),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+                options = {"cwd": folder, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+                env = environment(folder, VLLM_CPU_OMP_THREADS_BIND=bind)
+                self.started.append(subprocess.Popen(each, env=env, **options))
 
     def __enter__(self):
         end = time.monotonic() + 300
@@ -161,45 +176,50 @@ class Server:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
 
-    def complete(self, **body):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+    def post(self, address, body):
+        """Return the first choice of an answer of the server."""
+        address = address.replace(":8000", f":{self.port}")
+        request = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)["choices"][0]
+            return json.load(answer)["choices"][0]["text"]
 
 
 @pytest.fixture(scope="module")
-def beyond(dequantized_folder, reference_model):
-    """Return a prompt longer than the context that the small model was trained with at first, and what follows it by
-    transformers on the dequantized weights.
-    """
+def demo(dequantized_folder, reference_model):
+    """Return a function from ids to the text that transformers finds to follow them, on the dequantized weights."""
     from transformers import AutoTokenizer
 
-    from ropewalk.shipped import FOLDER, held_out_text
+    from ropewalk.shipped import FOLDER
 
     rope = {"rope_type": "partial-ntk", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
     model = reference_model(FOLDER, dequantized_folder(FOLDER), rope)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    ids = tokenizer(held_out_text()[:4000]).input_ids[:700]
-    with torch.no_grad():
-        found = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-    return ids, tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+
+    def follow(text, tokens, count=None):
+        ids = tokenizer(text).input_ids[:count]
+        with torch.no_grad():
+            found = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
+        return ids, tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+
+    return follow
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("nodes", "arguments"),
-    [(1, []), (2, ["--tensor-parallel-size", "2", "--enforce-eager"])],
-    ids=["one machine, compiled", "two machines"],
-)
-def test_serve_beyond_the_original_context(nodes, arguments, tmp_path, beyond):
-    from ropewalk.shipped import FOLDER
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_commands_of_the_readme(machines, tmp_path, demo):
+    """Run them as they stand there, but for the port, the machine's address and float32; and ask for what comes after a
+    prompt that is longer than the context that the model was trained with at first.
+    """
+    from ropewalk.shipped import held_out_text
 
-    ids, text = beyond
-    options = ["--dtype", "float32", "--max-num-seqs", "4", "--served-model-name", "demo"]
-    with Server(FOLDER, tmp_path, *options, *arguments, nodes=nodes) as server:
-        answer = server.complete(model="demo", prompt=ids, max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    assert answer["text"] == text
+    (convert,) = recipe("ropewalk convert")
+    convert[0] = Path(sys.executable).parent / convert[0]
+    subprocess.run(convert, cwd=tmp_path, check=True, timeout=120)
+    one, *several = recipe("vllm serve")
+    ((*_, address, _, _, _, asked),) = recipe("curl")
+    with Server([one] if machines == 1 else several, tmp_path, "--dtype", "float32", "--max-num-seqs", "4") as server:
+        body = json.loads(asked)
+        assert server.post(address, asked) == demo(body["prompt"], body["max_tokens"])[1]
+        ids, expected = demo(held_out_text()[:4000], TOKENS, count=700)
+        longer = {**body, "prompt": ids, "max_tokens": TOKENS}
+        assert server.post(address, json.dumps(longer)) == expected
