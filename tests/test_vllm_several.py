@@ -88,11 +88,16 @@ TWO = {"num_key_value_heads": 2, "intermediate_size": 128}
 SPLITS = {
     "experts, act-order": ({"arch": "mixtral"}, {}),
     "experts, 3 bits, in order, asymmetric": ({"arch": "mixtral", "bits": 3, "desc_act": False, "sym": False}, {}),
+    "an adapter's engine": ({"arch": "codellama", "sym": False}, {"enable_lora": True, "max_lora_rank": 8}),
     "expert parallel": ({"arch": "mixtral"}, {"enable_expert_parallel": True}),
     "experts, act-order, compiled": ({"arch": "mixtral", "sym": False}, {"enforce_eager": False}),
     "act-order, asymmetric": ({"arch": "codellama", "sym": False}, {}),
     "in order": ({"arch": "codellama", "desc_act": False, "sym": False}, {}),
     "one group, 3 bits": ({"arch": "codellama", "bits": 3, "group_size": -1, "sym": False}, {}),
+    "pipeline, compiled": (
+        {"arch": "codellama"},
+        {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "enforce_eager": False},
+    ),
     "one head of keys and values, biases": ({"arch": "qwen2", "sizes": {"intermediate_size": 128}}, {}),
 }
 
@@ -105,7 +110,7 @@ def test_two_ranks(case, tmp_path, make_checkpoint, reference_model):
     weights = make_checkpoint(tmp_path / "model", **{"sizes": TWO, **checkpoint})
     model = reference_model(tmp_path / "model", weights)
     asked = prompts(model.config.vocab_size)
-    check(generate(tmp_path / "model", tmp_path, asked, tensor_parallel_size=2, **options), asked, model)
+    check(generate(tmp_path / "model", tmp_path, asked, **{"tensor_parallel_size": 2, **options}), asked, model)
 
 
 def free_port():
