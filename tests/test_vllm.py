@@ -5,6 +5,7 @@ Engines run in this process, one after the other. What takes several processes i
 
 import contextlib
 import gc
+import itertools
 import json
 
 import pytest
@@ -68,28 +69,27 @@ def check(llm, model, *lengths, **options):
             assert abs(result.outputs[0].logprobs[i][token].logprob - row[token].item()) < BOUND
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("desc_act", [True, False], ids=["act", "in order"])
-@pytest.mark.parametrize("arch", ["codellama", "mixtral"])
-def test_greedy_tokens(arch, desc_act, sym, bits, tmp_path, make_checkpoint, reference_model):
+def grid():
+    """Yield the cases of the next test; compiled, which takes half a minute each, one of them is for CI."""
+    for compiled, arch, desc_act, sym, bits in itertools.product(
+        (False, True), ("codellama", "mixtral"), (True, False), (True, False), (3, 4)
+    ):
+        case = compiled, arch, desc_act, sym, bits
+        name = "-".join(
+            ("compiled" if compiled else "eager", arch, "act" if desc_act else "in order", "sym" if sym else "asym")
+        )
+        slow = compiled and case != (True, "codellama", True, False, 3)
+        yield pytest.param(*case, id=f"{name}-{bits}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("compiled", "arch", "desc_act", "sym", "bits"), grid())
+def test_greedy_tokens(compiled, arch, desc_act, sym, bits, tmp_path, make_checkpoint, reference_model):
     weights = make_checkpoint(tmp_path, arch, bits=bits, sym=sym, desc_act=desc_act)
     model = reference_model(tmp_path, weights)
-    with engine(tmp_path) as llm:
+    with engine(tmp_path, enforce_eager=not compiled) as llm:
         assert llm.model_config.quantization == "ropewalk"
-        check(llm, model, 5, 40)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("desc_act", [True, False], ids=["act", "in order"])
-@pytest.mark.parametrize("arch", ["codellama", "mixtral"])
-def test_greedy_tokens_compiled(arch, desc_act, sym, bits, tmp_path, make_checkpoint, reference_model):
-    weights = make_checkpoint(tmp_path, arch, bits=bits, sym=sym, desc_act=desc_act)
-    model = reference_model(tmp_path, weights)
-    with engine(tmp_path, enforce_eager=False) as llm:
-        assert llm.llm_engine.vllm_config.compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
+        mode = llm.llm_engine.vllm_config.compilation_config.mode.name
+        assert mode == ("DYNAMO_TRACE_ONCE" if compiled else "NONE")
         check(llm, model, 5, 40)
 
 
