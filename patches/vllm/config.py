@@ -19,9 +19,10 @@ from ropewalk.loader.checkpoint import open_checkpoint
 from ropewalk.loader.dynamic import Rule, match_rules
 from ropewalk.loader.quantize_config import FILES, QuantizeConfig, for_layer, parse_quantize_config
 
-# A layer whose rows may be shared out in their sorted order, by the columns of the one before it: what is between them
-# is an activation, channel by channel.
+# A layer whose rows may be shared out in their sorted order, by the columns of the one before it, in families where
+# nothing is between them but an activation, channel by channel.
 DOWN, GATE_UP = ".down_proj", ".gate_up_proj"
+_PLAIN_MLP = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 # What `quantization` may be for a GPTQ checkpoint to be ours.
 _ASKED = (None, "ropewalk")
 
@@ -147,13 +148,14 @@ class RopewalkConfig(QuantizationConfig):
                 model_name, f"safetensors of GPTQ layers (`ropewalk convert {model_name} OUT` writes them)", found
             )
         self.layers = {}
+        plain = checkpoint.config["model_type"] in _PLAIN_MLP
         with checkpoint.reader() as reader:
             for name, layer in checkpoint.layers.items():
                 packing = replace(Packing.of(layer.settings), scales=layer.entries["scales"].dtype)
                 if layer.has_g_idx:  # it knows better than the config whether rows were moved
                     g_idx = reader.read(layer.entries["g_idx"].name)
                     packing = replace(packing, desc_act=not is_sequential(g_idx, packing.group_size))
-                    if name.endswith(DOWN) and has_even_groups(g_idx, packing.group_size):
+                    if name.endswith(DOWN) and plain and has_even_groups(g_idx, packing.group_size):
                         order = row_order(g_idx, packing.group_size)
                         if order is not None:
                             self.orders[name] = order

@@ -86,6 +86,11 @@ class Share:
                 raise FormatError(f"{prefix} of one rank: {error.tensor}", error.expected, error.found) from None
         return share
 
+    def sequential(self, group_size: int) -> Tensor:
+        """Return int32 [rows], the groups of these rows in a checkpoint that does not move them."""
+        rows = (self.start or 0) + torch.arange(self.rows, dtype=torch.int32)
+        return torch.zeros_like(rows) if group_size == -1 else rows // group_size
+
 
 class PackedWeight(nn.Module):
     """The packed layers that vLLM takes as one, on one rank.
@@ -163,6 +168,7 @@ class RopewalkLinearMethod(LinearMethodBase):
             share.sizes,
             "rows" if share.around is None else "columns",
             head_loader(layer) if isinstance(layer, ParallelLMHead) else extra_weight_attrs["weight_loader"],
+            g_idx=share.sequential(packing.group_size),
             order=self.order,
             groups=None if share.start is None else groups_of_share(packing.group_size, share.rows, share.start),
         )
@@ -203,15 +209,14 @@ class RopewalkLinearMethod(LinearMethodBase):
 
     def _in_share(self, g_idx: Tensor) -> Tensor:
         """Return g_idx with the groups of this rank's scales."""
-        rows, start = self.share.rows, self.share.start
-        if start is None:
+        if self.share.start is None:
             return g_idx
-        if self.order is None and self.packing.group_size != -1:
-            sequential = (start + torch.arange(rows, device=g_idx.device)) // self.packing.group_size
-            if not torch.equal(g_idx, sequential.to(g_idx.dtype)):
-                expected = "groups one after the other (desc_act is false), or desc_act true in the config"
-                raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
-        return sequential_g_idx(rows, self.share.group_size).to(g_idx.device)
+        if self.order is None and not torch.equal(
+            g_idx, self.share.sequential(self.packing.group_size).to(g_idx.device)
+        ):
+            expected = "groups one after the other (desc_act is false), or desc_act true in the config"
+            raise FormatError(f"{self.prefix}.g_idx", expected, "rows in another order")
+        return sequential_g_idx(self.share.rows, self.share.group_size).to(g_idx.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ W + bias, [..., N], for x [..., K]."""

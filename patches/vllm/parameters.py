@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter, PerTensorScaleParameter
 
-from ropewalk.gptq.format import expected_tensors, pack, sequential_g_idx, unpack
+from ropewalk.gptq.format import expected_tensors, pack, unpack
 from ropewalk.gptq.layout import PLANE
 from ropewalk.patches.vllm.config import Packing
 
@@ -106,7 +106,7 @@ class GroupIndex(PerTensorScaleParameter):
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Take what belongs to this rank's rows."""
         if self.order is not None:
-            return  # sorted rows are sequential, as this is already
+            return  # sorted rows are in the order of their groups
         rows = self.data.shape[1]
         start = self.tp_rank * rows if self.keeps == "rows" else 0
         self.data[0].copy_(loaded_weight[start : start + rows])
@@ -122,6 +122,7 @@ def make_parameters(
     keeps: str,
     weight_loader: Callable[..., None],
     *,
+    g_idx: Tensor,
     order: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -132,6 +133,7 @@ def make_parameters(
         sizes: N of this rank, of each of the layers that vLLM takes as one.
         keeps: what a rank of a row-parallel layer keeps of the weight.
         weight_loader: what vLLM calls with a parameter and a tensor.
+        g_idx: int32 [rows], what files from before act-order mean, which have none.
         order, groups: as in `_Kept`.
     """
     shapes = expected_tensors(rows, sum(sizes), packing.bits, packing.group_size)
@@ -145,10 +147,7 @@ def make_parameters(
         "qweight": Words(data=empty("qweight"), packed_dim=0, **words),
         "qzeros": Words(data=empty("qzeros"), packed_dim=1, **words),
         "scales": Scales(data=empty("scales", packing.scales), **dims),
-        # Sequential until the checkpoint says otherwise; files from before act-order have none.
-        "g_idx": GroupIndex(
-            data=sequential_g_idx(rows, packing.group_size).repeat(len(sizes), 1), weight_loader=weight_loader
-        ),
+        "g_idx": GroupIndex(data=g_idx.repeat(len(sizes), 1), weight_loader=weight_loader),
     }
     for name, parameter in made.items():
         parameter.keeps, parameter.order, parameter.bits = keeps, order, packing.bits
