@@ -93,7 +93,7 @@ def bench_engine(
     eager: bool = False,
     deadline: float | None = None,
     on_case: Callable[[list[Row], list[Row]], None] | None = None,
-    start: Callable[[int, str | None], EngineProcess] = EngineProcess,
+    start: Callable[[int, str | None], EngineProcess] | None = None,
 ) -> None:
     """Time engines on every model and case, into `report`.
 
@@ -107,7 +107,7 @@ def bench_engine(
         eager: whether to leave out torch.compile.
         deadline: a `time.monotonic()` after which no further engine starts and no further case begins.
         on_case: called with the rows of each case and what was skipped in it.
-        start: makes a process, of threads and a mode of our kernels.
+        start: makes a process, of threads and a mode of our kernels; `EngineProcess` by default.
 
     Raises:
         UsageError: a shape that cannot be packed so.
@@ -116,7 +116,7 @@ def bench_engine(
         cpu.load()  # or the first engine would compile it
     for packing in packings:
         for name in names:
-            run = _Run(report, lengths, dtype, peers, seconds, deadline, threads, eager, start)
+            run = _Run(report, lengths, dtype, peers, seconds, deadline, threads, eager, start or EngineProcess)
             run.on_case = on_case or run.on_case
             run.model(name, packing, root)
             gc.collect()

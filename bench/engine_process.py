@@ -65,6 +65,7 @@ class EngineProcess:
         except queue.Empty:
             raise EngineError(f"not done after {PATIENCE} s") from None
         if answer is None:
+            self._answers.put(None)  # for the next order, too
             code = self._process.wait()
             self._readers[1].join(timeout=5)
             raise EngineError(how_it_ended(code, self._words))

@@ -234,7 +234,8 @@ def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
         out.note(f"results: {args.out}")
     plot = {"decode": plot_decode, "load": plot_load}.get(args.what, plot_rows)
+    right = any(row["verdict"] != "wrong" for row in report.results)  # only these are drawn
     for draw, file in ((plot, args.plot), (plot_shares, args.plot_share)):
-        if file and report.results:
+        if file and right:
             draw(report.results, file, title=f"{args.what}, {machine_name(report.machine)}", ours=OURS)
             out.note(f"plot: {file}")
