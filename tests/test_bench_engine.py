@@ -170,6 +170,22 @@ def test_a_wrong_engine_is_found_out(root, fault):
     assert "tiny, 4 bits" in str(found.fault(OURS))
 
 
+def test_a_family_that_vllm_has_dropped_is_no_fault_of_ours(root):
+    found, made = report.Report(CPU, LIMITS, {}), []
+    peers = engines.engine_peers(torch.bfloat16, CPU)[:1]
+    options = {
+        "root": root,
+        "dtype": torch.bfloat16,
+        "seconds": 0.001,
+        "threads": 1,
+        "start": lambda *_: made.append(1),
+    }
+    engine.bench_engine(found, ["tiny-mpt"], [PACKING], decode.Lengths((6,), 3), peers=peers, **options)
+    assert made == []
+    assert [note["why"] for note in found.skipped] == ["is given models of type llama and mixtral only here"]
+    assert found.fault(OURS) is None
+
+
 def test_turns_that_differ_are_said(root):
     found, _ = timed(root, decode.Lengths((6,), 3, (2,)), fault="turns")
     assert found.results[0]["note"].count("its turns differ in their tokens") == 1

@@ -23,6 +23,7 @@ class VllmPeer(ModelProgram):
     """
 
     package = "vllm"
+    families = ("llama", "mixtral")  # MPT was dropped in 0.28
     devices = ("cpu", "cuda")
     bits = (2, 3, 4, 8)
     act_order = True

@@ -105,8 +105,10 @@ def _engine(
     from ropewalk.bench import engine
     from ropewalk.bench.peers.base import why_missing
     from ropewalk.bench.peers.engines import engine_peers
-    from ropewalk.errors import MissingPackageError
+    from ropewalk.errors import MissingPackageError, UsageError
 
+    if device.index:
+        raise UsageError(f"--device: expected cpu or cuda with --engine (CUDA_VISIBLE_DEVICES chooses), found {device}")
     why = why_missing(args.engine)
     if why is not None:
         raise MissingPackageError(f"--engine {args.engine}: {why}; `pip install {args.engine}` brings it")
