@@ -11,6 +11,7 @@
 #   make test-vllm-quick   what of that takes no more than minutes
 #   make test-autogptq   the part of that in which AutoGPTQ runs our layers
 #   make bench-cpu   packed layers and whole models against llama.cpp, torch and GPTQModel on the CPU (50 min. and more)
+#   make bench-vllm   whole models inside vLLM on the CPU: our method, vLLM's own, and unpacked weights (20 min.)
 #   make long-context   the table and the heat maps of README's "Long context, shown" (a few minutes)
 #   make webui-browser WEBUI=/path/to/webui   drive an installed text-generation-webui in Chromium and by its API (5 min.);
 #                 WEBUI_PYTHON= is its Python, with ropewalk and peft in it; screenshots go to WEBUI_OUT=
@@ -36,7 +37,7 @@ PROCESSES ?= 2
 PYTEST = -m pytest -n $(PROCESSES) --dist worksteal
 
 .PHONY: demo test test-transformers56 lint sanitize fuzz oracle test-autogptq test-vllm test-vllm-quick \
-	bench-cpu long-context webui-browser dev \
+	bench-cpu bench-vllm long-context webui-browser dev \
 	small-model needle-model environments compile clean
 
 demo: $(VENV)/installed
@@ -120,6 +121,11 @@ bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
 	$(BENCH) decode --device cpu --pack 4b-g128 --batch 1 4 16 --tokens 32 --models .cache/bench \
 		--stop-after 420 --out $(BENCH_OUT)/decode-batch.json --plot $(BENCH_OUT)/decode-batch.png
 	$(VENV)-gptqmodel/bin/python -m ropewalk.bench.summary $(BENCH_OUT)
+
+bench-vllm: $(VENV)-vllm/installed
+	mkdir -p $(BENCH_OUT)
+	$(VENV)-vllm/bin/ropewalk bench decode --engine vllm --device cpu --pack 4b-g128 4b-g32-act --models .cache/bench \
+		--out $(BENCH_OUT)/decode-vllm.json --plot $(BENCH_OUT)/decode-vllm.png
 
 LONG_OUT := bench/results/long-context
 long-context: $(VENV)/installed

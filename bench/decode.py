@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,10 +164,8 @@ class _Run:
 
     def _needed(self, shape: Shape, packing: Packing, context: int = 0) -> tuple[float, float | None]:
         """Return what the model that results are checked against needs, in float32, and what there is."""
-        widest = max(k * n for _, k, n in shape.linears())
-        unpacked = 4 * (2 * shape.vocab * shape.hidden + 3 * widest)
-        cache = self._prompts() * shape.kv_bytes(context, 4)
-        return shape.packed_bytes(packing) + unpacked + cache, available_memory(self.report.device)
+        needed = reference_bytes(shape, packing) + self._prompts() * shape.kv_bytes(context, 4)
+        return needed, available_memory(self.report.device)
 
     def _prompts(self) -> int:
         return min(2, max(self.lengths.batches))
@@ -257,11 +255,9 @@ class _Run:
             _, failed = measure({name: one.decode for name, one in timed.items()}, self.seconds)
             for name, why in failed.items():
                 report.fail(name, why, **keys)
-            tolerances = dict(TOLERANCE)
-            # A dense model may be the one that is wrong.
-            tolerances |= {own: min(2 * error + TOLERANCE[torch.float32], MOST) for own, error in dense.items()}
+            allowed = tolerances(dense)
             rows = [
-                decode_row(report, model, loaded[name].peer, one, case, tolerances[one.dtype])
+                decode_row(report, model, loaded[name].peer, one, case, allowed[one.dtype])
                 for name, one in timed.items()
                 if name not in failed
             ]
@@ -280,12 +276,24 @@ class _Run:
         return too_little(cache, available_memory(self.report.device))
 
 
+def reference_bytes(shape: Shape, packing: Packing) -> float:
+    """Return how much memory the model takes that results are checked against, in float32, without keys and values."""
+    widest = max(k * n for _, k, n in shape.linears())
+    return shape.packed_bytes(packing) + 4 * (2 * shape.vocab * shape.hidden + 3 * widest)
+
+
+def tolerances(dense: Mapping[torch.dtype, float]) -> dict[torch.dtype, float]:
+    """Return what each dtype may cost: twice what it costs a model with unpacked weights, by its error, if one ran."""
+    # Such a model may be the one that is wrong.
+    return TOLERANCE | {own: min(2 * error + TOLERANCE[torch.float32], MOST) for own, error in dense.items()}
+
+
 def _prepare(model: PackedModel, one: _Loaded, case: Case, checks: _Checks, meter: Meter) -> tuple[Timed, str | None]:
     """Check a program's logits and fill its cache; return it ready, and why it is not to be timed, or None."""
     decoder = one.decoder
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, model.shape.vocab, (case.batch, case.prompt), generator=generator)
-    timed = Timed(decoder, one.dtype, one.nbytes, prompt, case)
+    timed = Timed(one.dtype, one.nbytes, prompt, case, note=decoder.note, decoder=decoder)
     before = meter.held()
     decoder.start(case.batch, case.capacity)
     at = case if one.peer.fills_at_once else Case(case.prompt, case.prompt, case.batch, case.tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.bench.model import PackedModel
-from ropewalk.bench.peers.decode.base import DecodePeer, Decoder
+from ropewalk.bench.peers.decode.base import Decoder, ModelProgram
 from ropewalk.bench.peers.decode.with_transformers import TransformersDecoder
 from ropewalk.bench.peers.ours import OURS
 from ropewalk.bench.report import Report, Row, computes, duration, verdict
@@ -57,17 +57,18 @@ class Case:
 
 
 @dataclass
-class Timed:
-    """A program in a case, and what was measured of it.
+class Measured:
+    """What was measured of a program in a case.
 
     Attributes:
         nbytes: memory that the model and, at the peak, the case took.
         prompt: int64 [B, T].
         error, agreeing: of the logits against those that are right.
         filled_by: what lies before the prompt, "keys" or "tokens".
+        steps, prefills: seconds of a step, and of reading the prompt.
+        note: what the program is made of, for a person.
     """
 
-    decoder: Decoder
     dtype: torch.dtype
     nbytes: int
     prompt: Tensor
@@ -77,6 +78,14 @@ class Timed:
     filled_by: str = "keys"
     steps: list[float] = field(default_factory=list)
     prefills: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Timed(Measured):
+    """A decoder in a case, and what was measured of it."""
+
+    decoder: Decoder = field(kw_only=True)
 
     def decode(self) -> float:
         """Read the prompt and decode greedily; return the seconds of a step, by the median."""
@@ -93,7 +102,9 @@ class Timed:
         return Timing.of(steps).seconds
 
 
-def decode_row(report: Report, model: PackedModel, peer: DecodePeer, one: Timed, case: Case, tolerance: float) -> Row:
+def decode_row(
+    report: Report, model: PackedModel, peer: ModelProgram, one: Measured, case: Case, tolerance: float
+) -> Row:
     """Return the row of a program in a case; times are of a token, of which a step gives one for each sequence."""
     step, prefill = Timing.of(one.steps), Timing.of(one.prefills)
     nbytes = peer.nbytes(model, one.dtype, case.average, case.batch)
@@ -129,9 +140,9 @@ def decode_row(report: Report, model: PackedModel, peer: DecodePeer, one: Timed,
         "samples": step.samples,
         "mode": peer.mode,
         "filled_by": one.filled_by if case.filled else None,
-        "note": one.decoder.note,
+        "note": one.note,
     }
-    decoder: Any = one.decoder
+    decoder: Any = one.decoder if isinstance(one, Timed) else None
     ours = peer.name.startswith(OURS) and isinstance(decoder, TransformersDecoder) and not decoder.compiled
     # A fused layer that is watched is not fused, so that looking at its parts would change them.
     if ours and not is_fused(decoder.model):

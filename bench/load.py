@@ -5,11 +5,10 @@ a fresh process with the files in the page cache, beside the time that reading t
 from __future__ import annotations
 
 import gc
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +23,20 @@ from ropewalk.bench.load_process import LoadError, run_worker
 from ropewalk.bench.load_rows import MOST_BESIDES, MOST_MEMORY, MOST_TIME, READ, READ_REUSED
 from ropewalk.bench.load_worker import tensor_spans
 from ropewalk.bench.memory import SPARE, available_memory, too_little
-from ropewalk.bench.model import RECIPE, NoRoomError, PackedModel, make_once, packed_model
+from ropewalk.bench.model import NoRoomError, PackedModel, packed_model
 from ropewalk.bench.peers.base import Program
 from ropewalk.bench.peers.decode.plain import plain_model
 from ropewalk.bench.peers.ours import OURS
-from ropewalk.bench.random_model import write_tokenizer
 from ropewalk.bench.report import Report, Row, add_ratios, largest_error, verdict
 from ropewalk.bench.shapes import Packing, parse_shape
 from ropewalk.bench.timing import Timing
-from ropewalk.loader.write import write_json, write_weights
+from ropewalk.bench.unpacked import float16_bytes, float16_folder, no_disk_for_float16
 from ropewalk.terminal import size
 
 SHAPE = "20x4096x11008x32x32"  # 2.9 GB as 4b-g32-act
 PACKING = "4b-g32-act"
 PROMPT = 4  # tokens whose logits are compared
 FROM_DISK = 20_000_000  # bytes that may be of libraries, and not of the checkpoint
-FLOAT16_SHARD = 2_000_000_000  # bytes: the folder is made with one in memory
 
 
 class Loader(Program):
@@ -212,39 +209,7 @@ def _too_large(loader: Loader, model: PackedModel, dtype: torch.dtype, device: t
     if free is not None and needed + cached + SPARE > free:
         files = f", {size(cached)} of it for cached files" if cached else ""
         return f"needs about {size(int(needed + cached))} of memory{files}; {size(int(max(free - SPARE, 0)))} are left"
-    if loader.unpacked and not _float16_path(model).is_dir():
-        left = shutil.disk_usage(model.folder).free
-        if 1.1 * loader.nbytes(model) > left:
-            return f"needs {size(loader.nbytes(model))} on the disk with the models; {size(left)} are left"
-    return None
-
-
-def float16_bytes(model: PackedModel) -> int:
-    """Return the size of a model with its weights unpacked to float16."""
-    return 2 * model.shape.parameters()
-
-
-def _float16_path(model: PackedModel) -> Path:
-    return model.folder.parent / f"{model.folder.name}-float16-{RECIPE}"
-
-
-def float16_folder(model: PackedModel) -> Path:
-    """Return the folder with a model's weights unpacked to float16; make it where it is not there."""
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        shape = model.shape
-        for name in (*shape.embeddings, *shape.norms(), *shape.routers()):
-            yield name, model.checkpoint.read(name)
-        for layer, _, _ in model.shape.linears():
-            yield f"{layer}.weight", model.weight(layer).dense().to(torch.float16).t().contiguous()
-
-    def write(work: Path) -> None:
-        write_weights(tensors(), work, FLOAT16_SHARD)
-        write_tokenizer(model.shape, work)
-        write_json(work / "config.json", model.shape.config())
-
-    make_once(_float16_path(model), write)
-    return _float16_path(model)
+    return no_disk_for_float16(model) if loader.unpacked else None
 
 
 @torch.inference_mode()

@@ -52,13 +52,13 @@ def run_worker(job: Mapping[str, Any], command: Sequence[str] | None = None) -> 
     )
     words = bytearray()
     events: queue.Queue[tuple[float, Row] | None] = queue.Queue()
-    readers = [threading.Thread(target=_put_events, args=(process.stdout, events), daemon=True)]
+    readers = [threading.Thread(target=put_events, args=(process.stdout, events), daemon=True)]
     if terminal is not None:
         os.close(terminal)
-        readers.append(_reader(partial(os.read, shown, 1 << 16), words))
+        readers.append(keep_words(partial(os.read, shown, 1 << 16), words))
     elif process.stderr is not None:
         read = partial(process.stderr.buffer.read1, 1 << 16)  # type: ignore[attr-defined]
-        readers.append(_reader(read, words))
+        readers.append(keep_words(read, words))
     for reader in readers:
         reader.start()
     try:
@@ -97,11 +97,13 @@ def _environment() -> dict[str, str]:
     return {"TERM": "xterm", **kept, "HF_HUB_OFFLINE": "1"}
 
 
-def _reader(read: Callable[[], bytes], words: bytearray) -> threading.Thread:
+def keep_words(read: Callable[[], bytes], words: bytearray) -> threading.Thread:
+    """Return a thread that keeps the end of what a process prints, as `read` gives it."""
     return threading.Thread(target=_keep_words, args=(read, words), daemon=True)
 
 
-def _put_events(lines: Any, events: queue.Queue[tuple[float, Row] | None]) -> None:
+def put_events(lines: Any, events: queue.Queue[tuple[float, Row] | None]) -> None:
+    """Put (when, event) of each line of JSON of a process into a queue, and None at the end."""
     for line in lines:
         try:
             events.put((time.perf_counter(), json.loads(line)))
@@ -150,10 +152,14 @@ def _follow(
             found["total_seconds"], loading = at - begin, False
         if kind == "called":
             return found
-    code = process.wait()
+    raise LoadError(how_it_ended(process.wait(), words))
+
+
+def how_it_ended(code: int, words: bytearray) -> str:
+    """Return in one line how a process ended: its status, and the last line of what it printed."""
     last = words.decode(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2].strip()
     how = f"by signal {-code}{' (out of memory?)' if code == -9 else ''}" if code < 0 else f"with {code}"
-    raise LoadError(f"the process ended {how}{f': {last}' if last else ''}")
+    return f"the process ended {how}{f': {last}' if last else ''}"
 
 
 def _look(process: int, before: Mapping[str, int], found: Row) -> None:

@@ -41,20 +41,33 @@ LATE = (
 def main() -> int:
     """Do the job; return the exit status."""
     job = json.load(sys.stdin)
-    # What loaders print to stdout, from Python or beneath it, ends on stderr; the lines of JSON keep the real one.
+    tell = keep_stdout()
+    try:
+        _work(job, tell)
+    except Exception as error:
+        tell("failed", why=reason(error))
+    sys.stderr.flush()
+    # Threads and exit handlers of what was imported are no part of loading.
+    os._exit(0)
+
+
+def keep_stdout() -> Callable[..., None]:
+    """Keep stdout for lines of JSON, and return a function of an event and what was found that writes one.
+
+    What others print there, from Python or beneath it, ends on stderr.
+    """
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def tell(event: str, **found: Any) -> None:
         print(json.dumps({"event": event, **found}), file=lines, flush=True)
 
-    try:
-        _work(job, tell)
-    except Exception as error:
-        tell("failed", why=f"{type(error).__name__}: {' '.join(str(error).split())}")
-    sys.stderr.flush()
-    # Threads and exit handlers of what was imported are no part of loading.
-    os._exit(0)
+    return tell
+
+
+def reason(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _work(job: Job, tell: Callable[..., None]) -> None:

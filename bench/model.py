@@ -68,6 +68,10 @@ class PackedModel:
         rest = sum(size[name].nbytes for name in (*shape.norms(), *shape.routers(), shape.head))
         return layers + rest + batch * self.others_bytes(context, itemsize)
 
+    def dense_step_bytes(self, context: float, batch: int, itemsize: int) -> float:
+        """Return the fewest bytes that a step needs read where all weights are unpacked to `itemsize` bytes."""
+        return self.shape.dense_count(batch) * itemsize + batch * self.others_bytes(context, itemsize)
+
     def others_bytes(self, context: float, itemsize: int = 2) -> float:
         """Return the bytes of a row of the embedding in 16 bits and of the keys and values of `context` tokens."""
         return 2 * self.shape.hidden + self.shape.kv_bytes(context, itemsize)

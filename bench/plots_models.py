@@ -76,7 +76,7 @@ def plot_over(rows: Sequence[Row], path: str, key: str, *, title: str, ours: str
             axis.minorticks_off()
             axis.set_ylim(bottom=0)
             axis.set_xlabel("tokens of context" if key == "context" else "sequences", fontsize=8)
-            axis.set_title(what, fontsize=8, loc="right")
+            axis.set_ylabel(what, fontsize=8)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
         speed.set_title(name, fontsize=9, loc="left")

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     kinds = {"matmul": _products, "moe": _products, "decode": _decode, "decode-context": _contexts}
-    kinds |= {"decode-batch": _contexts, "load": _load}
+    kinds |= {"decode-batch": _contexts, "decode-vllm": _contexts, "load": _load}
     for name, show in kinds.items():
         path = folder / f"{name}.json"
         if path.is_file():

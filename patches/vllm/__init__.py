@@ -8,6 +8,7 @@ that derives the longest context know our rope types and what configs fail to sa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Any
@@ -69,10 +70,23 @@ def apply() -> str:
         _replaced.put(model_config, "_get_and_verify_max_len", rope.with_longest(longest))
         _replaced.put(rotary_embedding, "get_rope", rope.with_types(get_rope))
         RopewalkConfig.is_wanted = True
+        _let_amx()
     return (
         "vllm: GPTQ checkpoints run on ropewalk's layers unless --quantization names another; rope types partial-ntk, "
         "ntk-by-parts and ntk"
     )
+
+
+def _let_amx() -> None:
+    """Ask Linux for the tiles of AMX, which vLLM's attention uses in bfloat16 without asking.
+
+    In an unquantized model oneDNN has asked before. Where all that is multiplied before the first attention is ours,
+    nobody has, and the processor stops the process (SIGILL).
+    """
+    import torch
+
+    with contextlib.suppress(AttributeError):  # a torch without it
+        torch.cpu._init_amx()
 
 
 def revert() -> str:

@@ -53,22 +53,16 @@ class Decoder(ABC):
         """Free the model."""
 
 
-class DecodePeer(Program, ABC):
-    """A program that decodes with the model of a folder.
-
-    Nothing of its package is imported before `load`.
+class ModelProgram(Program):
+    """A program that runs the model of a folder.
 
     Attributes:
         mode: which of our kernels for the CPU it runs; None for what has no such choice.
-        most_sequences: the largest batch.
         families: the kinds of models it runs, as config.json names them; none is any.
-        fills_at_once: whether its decoder can be given keys and values; elsewhere it reads tokens, which takes time.
     """
 
     mode: str | None = None
-    most_sequences: int | None = None
     families: tuple[str, ...] = ()
-    fills_at_once = True
 
     def cannot_run(self, model: PackedModel) -> str | None:
         """Return why it cannot run a model, or None."""
@@ -85,6 +79,20 @@ class DecodePeer(Program, ABC):
         """Return about how many bytes it needs to load and run, without the cache."""
         embeddings = 2 * model.shape.vocab * model.shape.hidden * dtype.itemsize
         return 2 * model.shape.packed_bytes(model.packing) + embeddings
+
+
+class DecodePeer(ModelProgram, ABC):
+    """A program that decodes step by step in this process.
+
+    Nothing of its package is imported before `load`.
+
+    Attributes:
+        most_sequences: the largest batch.
+        fills_at_once: whether its decoder can be given keys and values; elsewhere it reads tokens, which takes time.
+    """
+
+    most_sequences: int | None = None
+    fills_at_once = True
 
     @abstractmethod
     def load(self, model: PackedModel, dtype: torch.dtype, device: torch.device) -> Decoder:

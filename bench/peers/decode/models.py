@@ -87,8 +87,7 @@ class Dense(DecodePeer):
 
     def nbytes(self, model: PackedModel, dtype: torch.dtype, context: float, batch: int = 1) -> float:
         """Return the size of all weights in the dtype, and of keys and values."""
-        others = model.others_bytes(context, dtype.itemsize)
-        return model.shape.dense_count(batch) * dtype.itemsize + batch * others
+        return model.dense_step_bytes(context, batch, dtype.itemsize)
 
     def memory(self, model: PackedModel, dtype: torch.dtype) -> float:
         """Return the size of all weights."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("rope", "matmul", "moe")
 DTYPES = ("float32", "float16", "bfloat16")
+ENGINES = ("vllm",)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "takes only this (default: 4b-g32-act), and packing (default: 2, 3, 4 and 8 bits in groups of 32, of 128 and "
         "one, with act-order and without, and asymmetric ones)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, else float16)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="decode: inside vLLM, by our method, its own and with unpacked weights, each in a process of its own",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of activations (default: float32 on a CPU, with --engine bfloat16, else float16)",
+    )
     parser.add_argument(
         "--mode",
         choices=("exact", "int8"),
@@ -83,16 +93,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="decode: tokens in the cache before (default: 128): a prompt of up to 128, and before it random keys and "
-        "values; modes: (default: 256 1024); packing: the longest of them (default: 1024)",
+        "values; with --engine a prompt of all of them; modes: (default: 256 1024); packing: the longest of them "
+        "(default: 1024)",
     )
     parser.add_argument(
-        "--batch", type=positive, nargs="+", default=[1], metavar="N", help="decode: sequences (default: 1)"
+        "--batch", type=positive, nargs="+", metavar="N", help="decode: sequences (default: 1; with --engine 1 8)"
     )
     parser.add_argument(
         "--tokens",
         type=positive,
         metavar="N",
-        help="decode: of each (default: 64); modes, packing: of the text (default: all)",
+        help="decode: of each (default: 64; with --engine 32); modes, packing: of the text (default: all)",
     )
     parser.add_argument(
         "--models", metavar="DIR", help="decode, load, packing: where to keep models (default: the user's cache)"
@@ -144,6 +155,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     device = choose_device(args.device)
     if args.mode and (args.what in ("rope", "modes", "load") or device.type != "cpu"):
         raise UsageError(f"--mode: expected it for matmul, moe and decode on a CPU, found {args.what} on {device.type}")
+    if args.engine and args.what != "decode":
+        raise UsageError(f"--engine: expected it for decode, found {args.what}")
     if args.float_model is not None and args.what != "packing":
         raise UsageError(f"FLOAT16-MODEL: expected it for packing, found {args.float_model} for {args.what}")
     if args.what == "packing":
@@ -152,7 +165,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if args.what == "modes":
         bench_modes_command(args, out)
         return
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
+    on_cpu = "bfloat16" if args.engine else "float32"  # vLLM's own method has no float32
+    dtype = getattr(torch, args.dtype or (on_cpu if device.type == "cpu" else "float16"))
     benchmark = work(args, device, dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -220,7 +234,8 @@ def _write(args: argparse.Namespace, out: Output, report: Report) -> None:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
         out.note(f"results: {args.out}")
     plot = {"decode": plot_decode, "load": plot_load}.get(args.what, plot_rows)
+    right = any(row["verdict"] != "wrong" for row in report.results)  # only these are drawn
     for draw, file in ((plot, args.plot), (plot_shares, args.plot_share)):
-        if file and report.results:
+        if file and right:
             draw(report.results, file, title=f"{args.what}, {machine_name(report.machine)}", ours=OURS)
             out.note(f"plot: {file}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from ropewalk.bench.decode import Lengths
     from ropewalk.bench.matmul import Setting
     from ropewalk.bench.report import Report
     from ropewalk.bench.shapes import Packing
@@ -81,13 +82,51 @@ def _decode(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
 
     packings = _packings(args)
     names, root = _models(args, packings, "llama-1b")
-    contexts, batches = (tuple(dict.fromkeys(given)) for given in (args.context or [128], args.batch))
-    lengths = decode.Lengths(contexts, args.tokens or 64, batches)
+    if args.engine:
+        return _engine(args, names, packings, root, device, dtype)
+    lengths = _lengths(args, tokens=64, batches=[1])
 
     def run(report: Report, **options: Any) -> None:
         decode.bench_decode(report, names, packings, lengths, root=root, **options)
 
     return Work(decode_peers(dtype, device, args.mode), run)
+
+
+def _engine(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    packings: Sequence[Packing],
+    root: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Work:
+    import torch
+
+    from ropewalk.bench import engine
+    from ropewalk.bench.peers.base import why_missing
+    from ropewalk.bench.peers.engines import engine_peers
+    from ropewalk.errors import MissingPackageError, UsageError
+
+    if device.index:
+        raise UsageError(f"--device: expected cpu or cuda with --engine (CUDA_VISIBLE_DEVICES chooses), found {device}")
+    why = why_missing(args.engine)
+    if why is not None:
+        raise MissingPackageError(f"--engine {args.engine}: {why}; `pip install {args.engine}` brings it")
+    lengths = _lengths(args, tokens=32, batches=[1, 8])
+    threads = args.threads or torch.get_num_threads()
+
+    def run(report: Report, **options: Any) -> None:
+        engine.bench_engine(report, names, packings, lengths, root=root, threads=threads, **options)
+
+    return Work(engine_peers(dtype, device, args.mode), run)
+
+
+def _lengths(args: argparse.Namespace, tokens: int, batches: Sequence[int]) -> Lengths:
+    """Return what --context, --tokens and --batch say, the last two of which have defaults of their own."""
+    from ropewalk.bench.decode import Lengths
+
+    contexts, sequences = (tuple(dict.fromkeys(given)) for given in (args.context or [128], args.batch or batches))
+    return Lengths(contexts, args.tokens or tokens, sequences)
 
 
 def _load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Work:
