@@ -96,7 +96,7 @@ test-autogptq: $(VENV)-autogptq/installed
 	$(VENV)-autogptq/bin/python $(PYTEST) tests/test_auto_gptq.py
 
 # Engines in the test's own process first; the second line's have two processes each.
-VLLM_ALONE := tests/test_vllm.py tests/test_vllm_shares.py tests/test_vllm_export.py
+VLLM_ALONE := tests/test_vllm.py tests/test_vllm_shares.py tests/test_vllm_export.py tests/test_bench_engine.py
 test-vllm: $(VENV)-vllm/installed
 	$(VENV)-vllm/bin/python $(PYTEST) -p no:cacheprovider $(VLLM_ALONE)
 	$(VENV)-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm_several.py
