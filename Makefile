@@ -125,7 +125,7 @@ bench-cpu: $(VENV)-gptqmodel/installed $(VENV)-gptqmodel/llama-cpp
 bench-vllm: $(VENV)-vllm/installed
 	mkdir -p $(BENCH_OUT)
 	$(VENV)-vllm/bin/ropewalk bench decode --engine vllm --device cpu --pack 4b-g128 4b-g32-act --models .cache/bench \
-		--out $(BENCH_OUT)/decode-vllm.json --plot $(BENCH_OUT)/decode-vllm.png
+		--stop-after 600 --out $(BENCH_OUT)/decode-vllm.json --plot $(BENCH_OUT)/decode-vllm.png
 
 LONG_OUT := bench/results/long-context
 long-context: $(VENV)/installed

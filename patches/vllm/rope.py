@@ -164,7 +164,8 @@ class RopewalkRotary(RotaryEmbedding):
         inv_freq, scaling = frequencies_of(config)
         dim, base = 2 * inv_freq.shape[0], parameters.get("rope_theta", 10000.0)
         super().__init__(head_size, dim, context_length(config), base, is_neox_style, dtype, init_cache=False)
-        cpu.load()  # what makes `rope_` one pass in C++ there
+        if torch.get_default_device().type == "cpu":
+            cpu.load()  # makes `rope_` one pass in C++
         self.attention_scaling = scaling
         self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
         self.register_buffer("cos_sin_cache", self._compute_cos_sin_cache().to(dtype), persistent=False)
