@@ -316,6 +316,7 @@ def test_the_worker_says_why_it_cannot_start():
         process.close()
 
 
+@pytest.mark.slow
 def test_in_vllm(tmp_path, monkeypatch):
     """Ours, checked, and vLLM's own, which refuses act-order.
 
