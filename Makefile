@@ -102,8 +102,7 @@ test-vllm: $(VENV)-vllm/installed
 	$(VENV)-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm_several.py
 
 test-vllm-quick: $(VENV)-vllm/installed
-	$(VENV)-vllm/bin/python $(PYTEST) -p no:cacheprovider -m "not slow" $(VLLM_ALONE)
-	$(VENV)-vllm/bin/python -m pytest -p no:cacheprovider -m "not slow" tests/test_vllm_several.py
+	$(VENV)-vllm/bin/python $(PYTEST) -p no:cacheprovider -m "not slow" tests/test_vllm_several.py $(VLLM_ALONE)
 
 # All that there is to compare with on a CPU, in one run each.
 BENCH := $(VENV)-gptqmodel/bin/ropewalk bench
