@@ -261,3 +261,27 @@ def test_experts_that_cannot_be_shared_are_refused():
     del down["g_idx"]
     with pytest.raises(FormatError, match=r"experts.0.w2.g_idx: expected a tensor of this name \(desc_act is true\)"):
         experts_on(0, 2, packing, {(0, "w2"): down})
+    moved, _ = packed(HIDDEN, INNER, Packing(4, 32, True, "gptq"), True, 0)
+    with pytest.raises(FormatError, match=r"experts.0.w2.g_idx: expected .*desc_act is false.* rows in another order"):
+        experts_on(0, 2, Packing(4, 32, False, "gptq"), {(0, "w2"): moved})
+
+
+def test_gate_and_up_that_are_one_weight_on_disk(rank):
+    packing = Packing(4, 32, True, "gptq")
+    both, boths = packed(2 * INNER, HIDDEN, packing, False, 1)
+    down, downs = packed(HIDDEN, INNER, packing, False, 3)
+    config = config_of(packing, down)
+    config.layers["mlp.gate_up_proj"] = packing
+    x, total = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5)), 0
+    for number in range(2):
+        with rank(number, 2):
+            options = {"bias": False, "params_dtype": torch.float32, "quant_config": config}
+            gate_up = layers.MergedColumnParallelLinear(HIDDEN, [INNER] * 2, prefix="mlp.gate_up_proj", **options)
+            fill(gate_up, {None: both})
+            mlp = layers.RowParallelLinear(INNER, HIDDEN, prefix="mlp.down_proj", reduce_results=False, **options)
+            fill(mlp, {None: down})
+            inner = gate_up(x)[0].chunk(2, dim=-1)
+            total = total + mlp(torch.nn.functional.silu(inner[0]) * inner[1])[0]
+    gate, up = (x @ boths).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up) @ downs
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=expected.abs().max().item() * 1e-4)

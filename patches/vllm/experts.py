@@ -64,7 +64,7 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         """Make the parameters that vLLM reads the checkpoint into, each with a loader of ours.
 
         Raises:
-            FormatError: a share of a rank that is no whole number of groups.
+            FormatError: a share of a rank that has too small parts of groups, or does not fill whole words.
         """
         inner, packing = intermediate_size_per_partition, self.packing
         if layer.apply_router_weight_on_input:
@@ -120,11 +120,18 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         return load
 
     def _take(self, layer: Any, expert: int, shard: str, part: str, tensor: Tensor) -> None:
-        """Put a tensor of the checkpoint where it belongs, or keep it until that can be told."""
+        """Put a tensor of the checkpoint where it belongs, or keep it until that can be told.
+
+        Raises:
+            FormatError: an act-order that the config denies.
+        """
         if self._ranks == 1:
             return self._put(layer, expert, shard, part, tensor)
         if shard == "w2" and part == "g_idx":
-            self._orders[expert] = row_order(tensor.cpu(), self.packing.group_size)
+            order = self._orders[expert] = row_order(tensor.cpu(), self.packing.group_size)
+            if order is not None and not self.packing.desc_act:  # tensors may have been cut already
+                expected = "groups one after the other (desc_act is false), or desc_act true in the config"
+                raise FormatError(f"{self.prefix}.{expert}.w2.g_idx", expected, "rows in another order")
             for waiting in self._waiting.pop(expert, []):
                 self._put(layer, expert, waiting[0], waiting[1], self._share(expert, *waiting))
             return None
@@ -148,10 +155,8 @@ class RopewalkExpertsMethod(FusedMoEMethodBase):
         if part == "g_idx":
             return tensor
         if order is None:
-            first, last = (
-                (start, start + inner) if part != "qzeros" else (start * bits // 32, (start + inner) * bits // 32)
-            )
-            return tensor[:, first:last]
+            each = bits if part == "qzeros" else 32  # of 32 bits
+            return tensor[:, start * each // 32 : (start + inner) * each // 32]
         return take_columns(tensor, order[start : start + inner], bits if part == "qzeros" else None)
 
     def _put(self, layer: Any, expert: int, shard: str, part: str, tensor: Tensor) -> None:
